@@ -1,0 +1,194 @@
+"""The functions of the package: quantize, split, check, inspect."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from onnx_ocs import pipeline, verify
+from onnx_ocs.errors import RuntimeFailed
+from onnx_ocs.graph import files
+from onnx_ocs.graph.editor import Editor
+from onnx_ocs.graph.hints import table_lengths
+from onnx_ocs.graph.model import Model
+from onnx_ocs.pipeline import Source
+from onnx_ocs.recipe import Recipe, stored_recipe
+
+
+@dataclass(frozen=True)
+class Result:
+    """A transformation that passed."""
+
+    report: dict[str, Any]
+    """What was done, under the names of the report file."""
+
+    path: Path | None
+    """Where the model was written."""
+
+    _whole: onnx.ModelProto | None = field(default=None, repr=False)
+
+    @property
+    def model(self) -> onnx.ModelProto:
+        """The new model, with its weights."""
+        if self._whole is not None:
+            return self._whole
+        assert self.path is not None
+        return onnx.load(self.path)
+
+
+def quantize(
+    source: Source,
+    target: str | Path | None = None,
+    *,
+    preset: str | None = None,
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    inputs: str | Path | None = None,
+    report: str | Path | None = None,
+    timeout: float = verify.TIMEOUT,
+    progress: Callable[[str], None] = lambda stage: None,
+    **options: Any,
+) -> Result:
+    """Split the outlier channels of a model, quantize its weights, verify the result and write it.
+
+    Args:
+        source: a path or a proto, which is not modified.
+        target: where to write; without it the model is only returned.
+        preset: ``paper``.
+        recipe: a stored recipe or report (a path or its content) whose options hold where nothing else is said.
+        inputs: samples to verify on; seeded random ones without it.
+        report: where to write the report as JSON.
+        timeout: seconds that the verification may take.
+        progress: called with the name of each stage.
+        options: those of the command line with ``_`` for ``-`` (see :class:`onnx_ocs.recipe.Recipe`).
+
+    Raises:
+        OcsError: the model or the samples cannot be used, or the result does not pass; nothing is written.
+        ValueError: an option is out of its range.
+    """
+    chosen = resolve(options, preset, recipe)
+    goal = None if target is None else Path(target)
+    outcome = pipeline.transform(source, goal, chosen, None if inputs is None else Path(inputs), timeout, progress)
+    if report is not None:
+        write_json(Path(report), outcome.report)
+    return Result(outcome.report, outcome.path, outcome.model)
+
+
+def split(source: Source, target: str | Path | None = None, **options: Any) -> Result:
+    """As :func:`quantize`, but the model stays float: the same function with a narrower range of weights."""
+    return quantize(source, target, **{**options, "float": True})
+
+
+def resolve(
+    options: Mapping[str, Any], preset: str | None = None, recipe: str | Path | Mapping[str, Any] | None = None
+) -> Recipe:
+    """The recipe of some explicit options; ``per_tensor`` and ``no_verify`` are understood as on the command line.
+
+    Raises:
+        ValueError: an option is unknown or out of its range.
+        BadRecipe: ``recipe`` is a file without a recipe.
+    """
+    given = dict(options)
+    for negative, positive in (("per_tensor", "per_channel"), ("no_verify", "verify")):
+        if negative in given:
+            given[positive] = not given.pop(negative)
+    if given.get("bits") == "none":
+        given["bits"] = None
+    stored = stored_recipe(Path(recipe)) if isinstance(recipe, str | Path) else recipe
+    if stored is not None and isinstance(stored.get("recipe"), dict):
+        stored = stored["recipe"]
+    return Recipe.of(given, preset, stored)
+
+
+@dataclass(frozen=True)
+class CheckOutcome:
+    """How a candidate compares with its reference."""
+
+    passed: bool
+    reason: str | None  # why not
+    outputs: list[dict[str, Any]]  # of each output: errors, SQNR, agreement, KL divergence
+    samples: int
+    generated: bool
+    deterministic: bool
+
+
+def check(
+    reference: Source,
+    candidate: Source,
+    inputs: str | Path | None = None,
+    samples: int | None = None,
+    atol: float | None = None,
+    rtol: float | None = None,
+    min_sqnr: float | None = None,
+    min_agreement: float | None = None,
+    seed: int = 0,
+    timeout: float = verify.TIMEOUT,
+) -> CheckOutcome:
+    """Compare the outputs of two models on the same samples.
+
+    Args:
+        inputs: samples; seeded random ones without it.
+        samples: how many; all of ``inputs``, or 8 random ones, if not given.
+        atol, rtol: every value of an output must be within ``atol + rtol * |reference|``.
+        min_sqnr: of every output, in dB; 0 if no criterion is given at all.
+        min_agreement: share of equal top-1 classes (of equal values, for integer outputs), from 0 to 1.
+
+    Raises:
+        OcsError: a model or the samples cannot be used.
+    """
+    with files.workplace(None) as folder:
+        first, second = Model.load(reference), Model.load(candidate)
+        request = verify.Request(
+            str(_on_disk(reference, first, folder / "reference.onnx")),
+            {"candidate": str(_on_disk(candidate, second, folder / "candidate.onnx"))},
+            samples=None if inputs is None else str(inputs),
+            count=samples if samples is not None else verify.GENERATED if inputs is None else -1,
+            seed=seed,
+            bounds=table_lengths(Editor(first)),
+            atol=atol or 0.0,
+            rtol=rtol or 0.0,
+        )
+        try:
+            comparison = verify.compare(request, timeout)
+        except RuntimeFailed as error:
+            return CheckOutcome(False, str(error), [], 0, inputs is None, True)
+    strict = atol is not None or rtol is not None
+    lowest = min_sqnr if min_sqnr is not None else None if strict or min_agreement is not None else 0.0
+    reason = verify.judge_check(comparison, strict, lowest, min_agreement)
+    outputs = comparison.stages["candidate"]
+    return CheckOutcome(
+        reason is None, reason, outputs, comparison.samples, comparison.generated, comparison.deterministic
+    )
+
+
+def inspect(
+    source: Source,
+    *,
+    preset: str | None = None,
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """What :func:`quantize` would do with each layer under the same options, and why not more; nothing is written.
+
+    Each row is that of the report, with ``outlier`` (the largest magnitude in standard deviations of the weights) and
+    ``range`` (the largest share after splitting relative to the largest weight) for layers that are not declined.
+    """
+    return pipeline.survey(source, resolve(options, preset, recipe))
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write ``data`` as JSON, whole or not at all.
+
+    Raises:
+        CannotWrite: there is no such folder, or it may not be written.
+    """
+    files.write(path, [memoryview((json.dumps(data, indent=1) + "\n").encode())])
+
+
+def _on_disk(source: Source, model: Model, path: Path) -> Path:
+    if not isinstance(source, onnx.ModelProto):
+        return Path(source)
+    model.save(path)
+    return path

@@ -1,0 +1,301 @@
+"""The few edits that passes make, on an onnx-graphsurgeon graph that is patched back into the source's proto.
+
+onnx-graphsurgeon is the editor: it holds the links between nodes and builds and exports what is new. What no edit
+touched keeps the bytes of the source, because :meth:`Editor.commit` rewrites only the graphs that were edited, and in
+them only the nodes and constants that are new, rewired, or gone. (An export by onnx-graphsurgeon 0.6.1 alone drops
+metadata, documentation, denotations and several kinds of attributes.)
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.logger import G_LOGGER
+
+from onnx_ocs.graph.model import Model, opset_of, stored_size
+
+G_LOGGER.severity = G_LOGGER.CRITICAL  # what it would say, the report says
+
+CONSTANTS_ARE_NOT_INPUTS = 4
+"""The first IR version whose initializers need not be listed as graph inputs."""
+
+
+@dataclass(eq=False)
+class Scope:
+    """One graph of a model: the main graph, a body of If / Loop / Scan, or a model-local function."""
+
+    graph: gs.Graph | gs.Function
+    proto: onnx.GraphProto | onnx.FunctionProto
+    path: str  # for messages and names; empty for the main graph
+    opset: int
+    parent: "Scope | None" = None
+    owner: gs.Node | None = None  # the node of ``parent`` that this graph is a body of
+    sources: dict[int, tuple[gs.Node, onnx.NodeProto]] = field(default_factory=dict)  # by id of the node
+    added: list[onnx.TensorProto] = field(default_factory=list)  # constants
+    dropped: set[str] = field(default_factory=set)  # constants of the source that nothing reads any more
+
+    @property
+    def is_function(self) -> bool:
+        return isinstance(self.graph, gs.Function)
+
+    @property
+    def constants(self) -> list[onnx.TensorProto]:
+        """The initializers of the source."""
+        return [] if isinstance(self.proto, onnx.FunctionProto) else list(self.proto.initializer)
+
+    def holds(self, tensor: gs.Tensor) -> bool:
+        """Whether this very graph has ``tensor`` as an initializer or makes it by a node of the source."""
+        if isinstance(tensor, gs.Constant):
+            return any(held.name == tensor.name for held in self.constants)
+        return any(id(node) in self.sources for node in tensor.inputs)
+
+    @property
+    def hides_outer_names(self) -> bool:
+        """Whether a constant here has the name of an outer value, which onnx-graphsurgeon 0.6.1 takes for the same."""
+        here = {tensor.name for tensor in self.constants}
+        outer = self.parent
+        while outer is not None:
+            if not here.isdisjoint(_names(outer.proto)):
+                return True
+            outer = outer.parent
+        return False
+
+    def within(self, home: "Scope", node: gs.Node) -> gs.Node:
+        """The node of ``home`` that holds ``node`` of this graph, however deeply; ``node`` itself if at home."""
+        scope = self
+        while scope is not home:
+            assert scope.owner is not None
+            assert scope.parent is not None
+            node, scope = scope.owner, scope.parent
+        return node
+
+
+class Editor:
+    """Owner of every new node, constant and name."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.proto = onnx.ModelProto()
+        self.proto.CopyFrom(model.proto)
+        self.scopes: list[Scope] = []
+        self._names: set[str] = set()
+        self._gathers: dict[tuple[int, str, int, bytes], gs.Variable] = {}
+        graph = gs.import_onnx(self.proto)
+        self._enter(Scope(graph, self.proto.graph, "", model.opset()))
+        for function, proto in zip(graph.functions, self.proto.functions, strict=True):
+            opset = opset_of(proto.opset_import) if proto.opset_import else model.opset()
+            self._enter(Scope(function, proto, f"{proto.domain}::{proto.name}/", opset))
+        self._results = {name for scope in self.scopes for name in _results(scope.proto)}
+
+    def _enter(self, scope: Scope) -> None:
+        self.scopes.append(scope)
+        self._names |= _names(scope.proto)
+        for node, source in zip(scope.graph.nodes, scope.proto.node, strict=True):
+            self._names.add(source.name)
+            scope.sources[id(node)] = (node, source)
+            for attribute in source.attribute:
+                inner = node.attrs.get(attribute.name)
+                if isinstance(inner, gs.Graph):
+                    path = f"{scope.path}{source.name or source.op_type}/{attribute.name}/"
+                    self._enter(Scope(inner, attribute.g, path, scope.opset, scope, node))
+
+    def unique(self, name: str) -> str:
+        """``name``, or ``name`` with a number where it is taken."""
+        candidate, number = name, 0
+        while candidate in self._names:
+            number += 1
+            candidate = f"{name}_{number}"
+        self._names.add(candidate)
+        return candidate
+
+    def constant(
+        self, scope: Scope, name: str, values: NDArray[Any] | None = None, *, tensor: onnx.TensorProto | None = None
+    ) -> gs.Tensor:
+        """A new constant in ``scope``: ``values``, or a finished ``tensor`` (made by ``Model.tensor``) under a new name."""
+        name = self.unique(name)
+        if tensor is None:
+            assert values is not None
+            kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+            tensor = self.model.tensor(name, kind, values.shape, np.ascontiguousarray(values).tobytes())
+        tensor.name = name
+        if scope.is_function:  # which has no initializers
+            output = gs.Variable(name)
+            value = gs.Constant("", _Finished(tensor))
+            scope.graph.nodes.insert(
+                0, gs.Node("Constant", self.unique(f"{name}_Constant"), {"value": value}, [], [output])
+            )
+            return output
+        scope.added.append(tensor)
+        return gs.Constant(name, _Finished(tensor))
+
+    def node(
+        self, scope: Scope, op: str, inputs: list[gs.Tensor], name: str, before: gs.Node, **attributes: Any
+    ) -> gs.Variable:
+        """A new node in ``scope`` ahead of the node ``before``; its output."""
+        output = gs.Variable(self.unique(name))
+        made = gs.Node(op, name=self.unique(f"{name}_{op}"), attrs=attributes, inputs=inputs, outputs=[output])
+        nodes = scope.graph.nodes
+        nodes.insert(next(i for i, node in enumerate(nodes) if node is before), made)
+        return output
+
+    def gather(
+        self,
+        scope: Scope,
+        data: gs.Tensor,
+        source: NDArray[np.int64],
+        axis: int,
+        before: gs.Node,
+        gain: NDArray[np.floating] | None = None,
+    ) -> gs.Variable:
+        """``data`` with its channels ``source`` along ``axis``, each multiplied by its ``gain`` if one is given.
+
+        Layers of one graph that ask for the same channels of the same tensor share the nodes.
+
+        Args:
+            data: (..., C, ...), channels along ``axis``.
+            source: (C + k,), which channel each expanded channel copies.
+            gain: (C + k,), in the type of ``data``; ``axis`` must then be counted from the end.
+        """
+        key = (id(scope), data.name, axis, source.tobytes() + (b"" if gain is None else gain.tobytes()))
+        if key not in self._gathers:
+            indices = self.constant(scope, f"{data.name}.channels", source)
+            expanded = self.node(scope, "Gather", [data, indices], f"{data.name}.split", before, axis=axis)
+            if gain is not None:
+                shaped = gain.reshape(-1, *[1] * (-1 - axis))
+                factor = self.constant(scope, f"{data.name}.gain", shaped)
+                expanded = self.node(scope, "Mul", [expanded, factor], f"{data.name}.scaled", before)
+            self._gathers[key] = expanded
+        return self._gathers[key]
+
+    def dequantize(
+        self, scope: Scope, integers: onnx.TensorProto, step: NDArray[np.float32], axis: int, like: int, before: gs.Node
+    ) -> gs.Variable:
+        """A constant of integers and the DequantizeLinear that reads it, in the element type ``like``.
+
+        Args:
+            step: () for one scale, (n,) for one along ``axis``.
+        """
+        name = integers.name
+        zeros = self.model.tensor("", integers.data_type, step.shape, bytes(_bytes_of(integers.data_type, step.size)))
+        inputs = [
+            self.constant(scope, f"{name}.integers", tensor=integers),
+            self.constant(scope, f"{name}.scale", step),
+            self.constant(scope, f"{name}.zero_point", tensor=zeros),
+        ]
+        attributes = {"axis": axis} if step.ndim else {}
+        output = self.node(scope, "DequantizeLinear", inputs, f"{name}.dequantized", before, **attributes)
+        if like != onnx.TensorProto.FLOAT:
+            output = self.node(scope, "Cast", [output], f"{name}.cast", before, to=like)
+        return output
+
+    def rewire(self, node: gs.Node, index: int, tensor: gs.Tensor) -> None:
+        """Let input ``index`` of ``node`` read ``tensor``; what nothing reads any more goes."""
+        old = node.inputs[index]
+        node.inputs[index] = tensor
+        self._drop(old)
+
+    def _drop(self, tensor: gs.Tensor) -> None:
+        """Remove the constant, or the node that makes ``tensor``, if nothing reads it; and so on upwards."""
+        if tensor.outputs or tensor.name in self._results or not tensor.name:
+            return
+        if isinstance(tensor, gs.Constant):
+            for scope in self.scopes:
+                before = len(scope.added)
+                scope.added = [made for made in scope.added if made.name != tensor.name]
+                if len(scope.added) == before and tensor.name in {t.name for t in scope.constants}:
+                    scope.dropped.add(tensor.name)
+            return
+        for node in list(tensor.inputs):
+            if any(out.outputs or out.name in self._results for out in node.outputs):
+                continue
+            scope = next(scope for scope in self.scopes if any(other is node for other in scope.graph.nodes))
+            scope.graph.nodes[:] = [other for other in scope.graph.nodes if other is not node]
+            inputs = list(node.inputs)
+            node.inputs.clear()
+            for source in inputs:
+                self._drop(source)
+
+    def raise_ir(self, version: int) -> None:
+        """Let the model be of IR ``version`` at least."""
+        self.proto.ir_version = max(self.proto.ir_version, version)
+
+    def commit(self) -> None:
+        """Put the edits into the model's proto; without edits it stays as it was, byte by byte."""
+        grown = any(scope.added for scope in self.scopes)
+        for scope in self.scopes:
+            _patch(scope)
+        if grown and self.proto.ir_version < CONSTANTS_ARE_NOT_INPUTS:
+            # below IR 4 every constant is listed as an input and is one all the same
+            self.proto.ir_version = CONSTANTS_ARE_NOT_INPUTS
+            names = {tensor.name for tensor in self.proto.graph.initializer}
+            _keep(self.proto.graph.input, lambda value: value.name not in names)
+        self.model.proto = self.proto
+
+
+def _patch(scope: Scope) -> None:
+    """Write the nodes and constants of ``scope`` into its proto, where they differ."""
+    proto, nodes = scope.proto, scope.graph.nodes
+    wanted = {id(node) for node in nodes}
+    for index, (key, (_, source)) in reversed(list(enumerate(scope.sources.items()))):
+        if key not in wanted:
+            gone = set(source.output)
+            _keep(proto.value_info, lambda value, gone=gone: value.name not in gone)
+            del proto.node[index]
+    for index, node in enumerate(nodes):
+        if id(node) not in scope.sources:
+            proto.node.insert(index, OnnxExporter.export_node(node))
+    for node, source in zip(nodes, proto.node, strict=True):
+        inputs = [tensor.name for tensor in node.inputs]
+        if inputs != list(source.input):
+            source.input[:] = inputs
+    scope.sources = {id(node): (node, source) for node, source in zip(nodes, proto.node, strict=True)}
+    if isinstance(proto, onnx.GraphProto):
+        _keep(proto.initializer, lambda tensor: tensor.name not in scope.dropped)
+        _keep(proto.input, lambda value: value.name not in scope.dropped)
+        _keep(proto.value_info, lambda value: value.name not in scope.dropped)
+        proto.initializer.extend(scope.added)
+    scope.added.clear()
+    scope.dropped.clear()
+
+
+def _keep(items: Any, wanted: Callable[[Any], bool]) -> None:
+    """Reduce a repeated field to the items that are wanted."""
+    for index in reversed(range(len(items))):
+        if not wanted(items[index]):
+            del items[index]
+
+
+def _results(proto: onnx.GraphProto | onnx.FunctionProto) -> Iterator[str]:
+    for output in proto.output:
+        yield output if isinstance(output, str) else output.name
+
+
+def _names(proto: onnx.GraphProto | onnx.FunctionProto) -> set[str]:
+    """The names of all values of one graph."""
+    made = {name for node in proto.node for name in node.output}
+    if isinstance(proto, onnx.FunctionProto):
+        return made | set(proto.input)
+    constants = {tensor.name for tensor in proto.initializer} | {
+        sparse.values.name for sparse in proto.sparse_initializer
+    }
+    return made | constants | {value.name for value in proto.input}
+
+
+def _bytes_of(data_type: int, size: int) -> int:
+    """Bytes of ``size`` packed zeros of ``data_type``."""
+    return stored_size(onnx.TensorProto(data_type=data_type, dims=[size]))
+
+
+class _Finished(LazyValues):  # type: ignore[misc]
+    """The values of a constant whose proto is finished, 4-bit types included."""
+
+    def __init__(self, tensor: onnx.TensorProto) -> None:
+        self.tensor = tensor
+        self.shape = list(tensor.dims)
+        self.dtype = tensor.data_type

@@ -1,0 +1,224 @@
+"""Files: memory-mapped in, replaced whole or not at all."""
+
+import contextlib
+import hashlib
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO
+
+import onnx
+
+from onnx_ocs.errors import CannotWrite, UnsupportedModel
+from onnx_ocs.graph.wire import Chunk, buffers
+
+ALIGNMENT = 64
+"""Of a tensor in a file of external data, so that a runtime can map it."""
+
+IN_MEMORY = 2**27
+"""New payloads beyond this many bytes wait for the save in a temporary file."""
+
+PIECE = 2**24
+
+
+def map_file(path: Path) -> memoryview:
+    """The bytes of a file, read when they are touched.
+
+    Raises:
+        UnsupportedModel: there is no such file, or it is empty.
+    """
+    try:
+        with path.open("rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except OSError as error:
+        raise UnsupportedModel(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except ValueError:
+        raise UnsupportedModel(f"{path}: the file is empty; check how it was made") from None
+
+
+class ExternalData:
+    """The files beside a model that hold its payloads."""
+
+    def __init__(self, model: str, folder: Path | None) -> None:
+        self._model = model
+        self._folder = folder
+        self._maps: dict[Path, memoryview] = {}
+
+    def find(self, tensor: onnx.TensorProto, size: int) -> memoryview:
+        """The payload of ``tensor``, ``size`` bytes.
+
+        Raises:
+            UnsupportedModel: its file is missing, too short, or not inside of the model's folder.
+        """
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location = entries.get("location", "")
+        where = f"{self._model}: the external data of tensor {tensor.name!r}"
+        if self._folder is None:
+            raise UnsupportedModel(f"{where} has no folder to be looked up in; give the path of the model instead")
+        path = self._folder / location
+        if not location or Path(location).is_absolute() or not path.resolve().is_relative_to(self._folder):
+            raise UnsupportedModel(
+                f"{where} is at {location!r}, outside of the model's folder; move the file beside the model"
+            )
+        if not path.is_file():
+            raise UnsupportedModel(f"{where} is in {location!r}, which is missing; put the file beside the model")
+        try:
+            start = int(entries.get("offset") or 0)
+            length = int(entries.get("length") or size)
+        except ValueError:
+            raise UnsupportedModel(
+                f"{where} has an offset or length that is no number; export the model again"
+            ) from None
+        if size == 0:
+            return memoryview(b"")
+        if path not in self._maps:
+            self._maps[path] = map_file(path)
+        if start < 0 or length != size or start + size > self._maps[path].nbytes:
+            raise UnsupportedModel(
+                f"{where} is {length} bytes at {start} of {location!r}; its shape needs {size} and the file has "
+                f"{self._maps[path].nbytes}; copy the file again"
+            )
+        return self._maps[path][start : start + size]
+
+
+class Spool:
+    """Payloads on their way to a file: in memory while they are few, then in an unnamed temporary file."""
+
+    def __init__(self) -> None:
+        self._held = 0
+        self._file: IO[bytes] | None = None
+
+    def keep(self, payload: bytes) -> memoryview:
+        """The same bytes, wherever they are now."""
+        self._held += len(payload)
+        if self._held <= IN_MEMORY:
+            return memoryview(payload)
+        if self._file is None:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as the views of it
+        start = self._file.seek(0, os.SEEK_END)
+        start += self._file.write(bytes(-start % mmap.ALLOCATIONGRANULARITY))
+        self._file.write(payload)
+        self._file.flush()
+        return memoryview(mmap.mmap(self._file.fileno(), len(payload), access=mmap.ACCESS_READ, offset=start))
+
+
+def write(path: Path, chunks: Iterable[Chunk]) -> None:
+    """Put ``chunks`` in place of ``path``: at any instant either the old file is there or the new one.
+
+    Raises:
+        CannotWrite: the folder is missing or full, or the target is not a file that may be replaced.
+    """
+    with _beside(path) as (file, put):
+        for chunk in _pieces(chunks):
+            file.write(chunk)
+        put(path)
+
+
+def write_data(path: Path, chunks: Iterable[Chunk]) -> str:
+    """Put ``chunks`` beside the model ``path``, in a file named by their content; its name is returned."""
+    digest = hashlib.sha256()
+    with _beside(path) as (file, put):
+        for chunk in _pieces(chunks):
+            file.write(chunk)
+            digest.update(chunk)
+        target = path.with_name(f"{path.stem}.{digest.hexdigest()[:16]}.data")
+        put(target)
+    return target.name
+
+
+@contextlib.contextmanager
+def workplace(target: Path | None) -> Iterator[Path]:
+    """A folder for files on the way: beside ``target``, so that what is made there can be moved to it in one step.
+
+    Raises:
+        CannotWrite: nothing can be written there.
+    """
+    try:
+        if target is not None and target.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        folder = tempfile.TemporaryDirectory(prefix=".onnx-ocs-", dir=target.resolve().parent if target else None)
+    except OSError as error:
+        raise CannotWrite(f"{target}: cannot be written ({error.strerror or error}); choose another target") from None
+    with folder as name:
+        yield Path(name)
+
+
+def publish(result: Path, target: Path) -> None:
+    """Move a model that was written to a :func:`workplace`, and its weights before it, to ``target``.
+
+    Raises:
+        CannotWrite: it cannot be replaced.
+    """
+    target = target.resolve()
+    try:
+        for data in result.parent.iterdir():
+            if data.suffix == ".data":
+                data.replace(target.with_name(data.name))
+        mode = _mode(target)
+        result.chmod(mode)
+        result.replace(target)
+        _flush_folder(target.parent)
+    except OSError as error:
+        raise CannotWrite(f"{target}: cannot be written ({error.strerror or error}); choose another target") from None
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[tuple[IO[bytes], Callable[[Path], None]]]:
+    """A temporary file in the folder of ``path``, and the function that flushes it and gives it its name."""
+    temporary = Path()
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        temporary = Path(name)
+        with os.fdopen(handle, "wb") as file:
+
+            def put(target: Path) -> None:
+                file.flush()
+                os.fchmod(file.fileno(), _mode(target))
+                os.fsync(file.fileno())
+                temporary.replace(target)
+                _flush_folder(target.parent)
+
+            yield file, put
+    except OSError as error:
+        raise CannotWrite(f"{path}: cannot be written ({error.strerror or error}); choose another target") from None
+    finally:
+        if temporary.name:
+            temporary.unlink(missing_ok=True)
+
+
+def _mode(target: Path) -> int:
+    """The permissions of a file that stands there, else those that a new file would get."""
+    if target.exists():
+        return target.stat().st_mode & 0o777
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _pieces(chunks: Iterable[Chunk]) -> Iterator[memoryview]:
+    """Small pieces joined, large ones cut, so that writing neither crawls nor holds a large copy."""
+    small = bytearray()
+    for chunk in buffers(chunks):
+        if chunk.nbytes < 2**16:
+            small += chunk
+            if len(small) < 2**20:
+                continue
+        if small:
+            yield memoryview(bytes(small))
+            small.clear()
+        if chunk.nbytes >= 2**16:
+            yield from (chunk[start : start + PIECE] for start in range(0, chunk.nbytes, PIECE))
+    if small:
+        yield memoryview(bytes(small))

@@ -1,0 +1,305 @@
+"""Operators that multiply a constant weight by data: where the weight is, and which axes hold its channels.
+
+A new operator is one more function registered by :func:`reads`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import onnx
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
+
+from onnx_ocs.graph.editor import Editor, Scope
+from onnx_ocs.graph.model import Model, numpy_type
+
+FLOATS = {
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.BFLOAT16,
+    onnx.TensorProto.DOUBLE,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A constant and the nodes between it and the layer that reads it."""
+
+    tensor: onnx.TensorProto
+    home: Scope  # the graph that holds the constant
+    through: tuple[gs.Node, ...]  # Identity, Transpose, Reshape, Cast, in the order they are applied
+    data_type: int  # as the layer reads it
+    shape: tuple[int, ...]  # as the layer reads it
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for two layers that read the same values."""
+        return (id(self.home), self.tensor.name, *(id(node) for node in self.through))
+
+    def read(self, model: Model, cast: bool = True) -> NDArray[Any]:
+        """The values as the layer reads them; a view of the source where no node changes them."""
+        values = model.read(self.tensor)
+        for node in self.through:
+            if cast or node.op != "Cast":
+                values = THROUGH[node.op](values, node, model)
+        return values
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One weight of one node, and where its data comes in."""
+
+    node: gs.Node
+    scope: Scope
+    name: str
+    weight: Weight
+    weight_input: int
+    data_input: int
+    data_axis: int  # of the channels; from the end where the rank may vary
+    input_axis: int  # of the weight: (C / groups) or, with ``groups_on_input``, (C)
+    output_axis: int | None  # of the weight; none for a vector
+    groups: int = 1
+    groups_on_input: bool = False  # the groups stand behind each other along the input axis, not the output axis
+
+    @property
+    def data(self) -> gs.Tensor:
+        return self.node.inputs[self.data_input]
+
+
+@dataclass(frozen=True, eq=False)
+class Declined:
+    """A node that is left as it is, and why."""
+
+    node: gs.Node
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A node and the graph it stands in."""
+
+    node: gs.Node
+    scope: Scope
+    model: Model
+
+    def weight(self, index: int) -> Weight | str:
+        """The constant behind input ``index``, or why there is none."""
+        return constant_behind(self.node.inputs[index], self)
+
+    def integer(self, attribute: str, default: int) -> int:
+        value = self.node.attrs.get(attribute, default)
+        if isinstance(value, gs.Node.AttributeRef):
+            raise Refused(f"attribute {attribute!r} is set by the caller of the function")
+        return int(value)
+
+
+class Refused(Exception):
+    """The reason why a node is declined."""
+
+
+Read = Callable[[Place], Layer]
+READERS: dict[str, Read] = {}
+OTHERS: dict[str, str] = {
+    "LSTM": "recurrent layers are not covered yet",
+    "GRU": "recurrent layers are not covered yet",
+    "RNN": "recurrent layers are not covered yet",
+    "QLinearConv": "already quantized",
+    "QLinearMatMul": "already quantized",
+    "ConvInteger": "already quantized",
+    "MatMulInteger": "already quantized",
+    "MatMulNBits": "already quantized",
+}
+"""Operators with weights that are left alone, and why."""
+
+
+def reads(op: str) -> Callable[[Read], Read]:
+    """Register what is known of an operator of the standard domain."""
+
+    def register(function: Read) -> Read:
+        READERS[op] = function
+        return function
+
+    return register
+
+
+def find_layers(editor: Editor) -> list[Layer | Declined]:
+    """Every layer of the model in the order of its nodes, bodies and functions included."""
+    found: list[Layer | Declined] = []
+    for scope in editor.scopes:
+        for node in scope.graph.nodes:
+            if (layer := read_node(Place(node, scope, editor.model))) is not None:
+                found.append(layer)
+    return found
+
+
+def read_node(place: Place) -> Layer | Declined | None:
+    """What ``place`` is: a layer, one that is declined, or no layer at all."""
+    node = place.node
+    if node.op in OTHERS:
+        return Declined(node, name_of(place), OTHERS[node.op])
+    if node.domain not in (None, "", "ai.onnx"):
+        if any(word in node.op for word in ("Conv", "MatMul", "Gemm", "Attention")):
+            return Declined(node, name_of(place), f"operator {node.domain}::{node.op} is not covered")
+        return None
+    if node.op not in READERS:
+        return None
+    try:
+        if place.scope.hides_outer_names:
+            raise Refused("its graph reuses the name of an outer constant; rename it")
+        return READERS[node.op](place)
+    except Refused as reason:
+        return Declined(node, name_of(place), str(reason))
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        return Declined(node, name_of(place), f"its weight or attributes cannot be read ({error})")
+
+
+def name_of(place: Place) -> str:
+    """The node's name, or its first output where it has none, behind the path of its graph."""
+    node = place.node
+    return place.scope.path + (node.name or next((out.name for out in node.outputs if out.name), node.op))
+
+
+@reads("Conv")
+def conv(place: Place) -> Layer:
+    """data (N, C, *spatial), weight (M, C / group, *kernel)."""
+    weight, groups = _weight(place, 1, at_least=3), place.integer("group", 1)
+    return _layer(place, weight, 1, 0, data_axis=1, input_axis=1, output_axis=0, groups=groups)
+
+
+@reads("ConvTranspose")
+def conv_transpose(place: Place) -> Layer:
+    """data (N, C, *spatial), weight (C, M / group, *kernel)."""
+    weight, groups = _weight(place, 1, at_least=3), place.integer("group", 1)
+    return _layer(
+        place, weight, 1, 0, data_axis=1, input_axis=0, output_axis=1, groups=groups, groups_on_input=groups > 1
+    )
+
+
+@reads("Gemm")
+def gemm(place: Place) -> Layer:
+    """alpha * A' B' + beta * C: A (M, K) or, transposed, (K, M); B (K, N) or (N, K). The weight may be either."""
+    transposed = [place.integer("transA", 0), place.integer("transB", 0)]
+    contracted = [0 if transposed[0] else 1, 1 if transposed[1] else 0]
+    side, weight = _weight_side(place, at_least=2)
+    axis = contracted[side]
+    return _layer(place, weight, side, 1 - side, data_axis=contracted[1 - side], input_axis=axis, output_axis=1 - axis)
+
+
+@reads("MatMul")
+def matmul(place: Place) -> Layer:
+    """(..., M, K) times (..., K, N), as numpy.matmul: the weight may be on either side, batched, or a vector."""
+    side, weight = _weight_side(place, at_least=1)
+    rank = len(weight.shape)
+    if side == 1:
+        axis, other = (rank - 2, rank - 1) if rank > 1 else (0, None)
+        return _layer(place, weight, 1, 0, data_axis=-1, input_axis=axis, output_axis=other)
+    shape = getattr(place.node.inputs[1], "shape", None)
+    if shape is None or not len(shape):
+        raise Refused("the weight is on the left and the rank of the data is not known; run shape inference first")
+    other = rank - 2 if rank > 1 else None
+    return _layer(place, weight, 0, 1, data_axis=-2 if len(shape) > 1 else -1, input_axis=rank - 1, output_axis=other)
+
+
+def _weight_side(place: Place, at_least: int) -> tuple[int, Weight]:
+    """Which of the two operands is the weight."""
+    found = [place.weight(0), place.weight(1)]
+    constant = [side for side in (0, 1) if isinstance(found[side], Weight)]
+    if len(constant) == 2:
+        raise Refused("both operands are constants; fold them first")
+    if not constant:
+        known = [why for why in found if why == "already quantized"]
+        raise Refused(known[0] if known else "it multiplies two values that are computed at run time")
+    return constant[0], _weight(place, constant[0], at_least)
+
+
+def _weight(place: Place, index: int, at_least: int) -> Weight:
+    """The weight at input ``index`` if it is one that can be split and quantized."""
+    weight = place.weight(index)
+    if isinstance(weight, str):
+        raise Refused(weight)
+    if len(weight.shape) < at_least:
+        raise Refused(f"its weight has {len(weight.shape)} dimensions where {at_least} are needed")
+    if 0 in weight.shape:
+        raise Refused("its weight is empty")
+    return weight
+
+
+def _layer(place: Place, weight: Weight, weight_input: int, data_input: int, **axes: Any) -> Layer:
+    groups = axes.get("groups", 1)
+    held = weight.shape[axes["input_axis" if axes.get("groups_on_input") else "output_axis"] or 0]
+    if groups < 1 or (groups > 1 and held % groups):
+        raise Refused(f"{held} channels do not make {groups} groups")
+    if isinstance(place.weight(data_input), Weight):
+        raise Refused("both operands are constants; fold them first")
+    return Layer(place.node, place.scope, name_of(place), weight, weight_input, data_input, **axes)
+
+
+def constant_behind(tensor: gs.Tensor, place: Place) -> Weight | str:
+    """The constant that ``tensor`` is, or is made of by nodes that only arrange it; else why there is none."""
+    through: list[gs.Node] = []
+    while (source := _tensor_of(tensor)) is None:
+        if isinstance(tensor, gs.Constant):
+            return "its weight is a constant of no tensor"
+        if not tensor.inputs:
+            return f"its weight is an input of the {'function' if place.scope.is_function else 'graph'}"
+        node = tensor.inputs[0]
+        if node.op == "DequantizeLinear":
+            return "already quantized"
+        if node.op not in THROUGH or node.domain not in (None, "", "ai.onnx"):
+            return "its weight is computed at run time"
+        if node.op == "Reshape" and (len(node.inputs) < 2 or _tensor_of(node.inputs[1]) is None):
+            return "its weight is reshaped at run time"
+        through.insert(0, node)
+        tensor = node.inputs[0]
+    home: Scope | None = place.scope
+    while home is not None and not home.holds(tensor):
+        home = home.parent
+    if home is None:
+        return "its weight is computed at run time"
+    kind = source.data_type
+    for node in through:
+        if node.op == "Cast":
+            kind = int(node.attrs["to"])
+    if kind not in FLOATS or source.data_type not in FLOATS:
+        return f"its weight is of type {onnx.TensorProto.DataType.Name(source.data_type)}"
+    weight = Weight(source, home, tuple(through), kind, ())
+    return replace(weight, shape=weight.read(place.model, cast=False).shape)
+
+
+def _tensor_of(tensor: gs.Tensor) -> onnx.TensorProto | None:
+    """The proto of an initializer or of the value of a Constant node, under the name it is read by."""
+    values = tensor._values if isinstance(tensor, gs.Constant) else None
+    if values is None and tensor.inputs and tensor.inputs[0].op == "Constant":
+        value = tensor.inputs[0].attrs.get("value")
+        values = value._values if isinstance(value, gs.Constant) else None
+    if not isinstance(values, LazyValues) or isinstance(values, SparseValues):
+        return None
+    proto = onnx.TensorProto()
+    proto.CopyFrom(values.tensor)
+    proto.name = tensor.name
+    return proto
+
+
+def _transpose(values: NDArray[Any], node: gs.Node, model: Model) -> NDArray[Any]:
+    return values.transpose(node.attrs.get("perm"))
+
+
+def _reshape(values: NDArray[Any], node: gs.Node, model: Model) -> NDArray[Any]:
+    proto = _tensor_of(node.inputs[1])
+    assert proto is not None
+    wanted = model.read(proto).tolist()
+    if not node.attrs.get("allowzero", 0):
+        wanted = [values.shape[axis] if size == 0 else size for axis, size in enumerate(wanted)]
+    return values.reshape(wanted)
+
+
+THROUGH: dict[str, Callable[[NDArray[Any], gs.Node, Model], NDArray[Any]]] = {
+    "Identity": lambda values, node, model: values,
+    "Transpose": _transpose,
+    "Reshape": _reshape,
+    "Cast": lambda values, node, model: values.astype(numpy_type(int(node.attrs["to"]))),
+}
+"""Nodes that a weight may pass through on its way to a layer, and what they do to it."""

@@ -1,0 +1,59 @@
+"""onnxruntime: load a model, run it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from onnx_ocs.errors import RuntimeFailed
+from onnx_ocs.graph.samples import Feed, Input
+
+SILENT = 4
+
+
+class Session:
+    """A model loaded by onnxruntime's CPU provider.
+
+    Raises:
+        RuntimeFailed: it refuses the model.
+    """
+
+    def __init__(self, path: Path, optimize: bool = True) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = SILENT
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own exceptions have no common base
+            raise RuntimeFailed(first_line(error)) from None
+        self.inputs = [Input(item.name, item.type, _shape(item.shape)) for item in self._session.get_inputs()]
+        self.outputs = [item.name for item in self._session.get_outputs()]
+
+    def run(self, feed: Feed) -> dict[str, NDArray[Any]]:
+        """The outputs that are tensors; those of a sequence as ``name[i]``.
+
+        Raises:
+            RuntimeFailed: the model fails on these samples.
+        """
+        try:
+            values = self._session.run(None, feed)
+        except Exception as error:
+            raise RuntimeFailed(first_line(error)) from None
+        found: dict[str, NDArray[Any]] = {}
+        for name, value in zip(self.outputs, values, strict=True):
+            items = {name: value} if not isinstance(value, list) else {f"{name}[{i}]": v for i, v in enumerate(value)}
+            found |= {key: np.asarray(item) for key, item in items.items() if isinstance(item, np.ndarray | np.generic)}
+        return found
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message of onnxruntime, without its prefix."""
+    text = str(error).strip().split("\n")[0]
+    return text.removeprefix("[ONNXRuntimeError] : ").strip()[:300]
+
+
+def _shape(shape: list[Any]) -> tuple[int | str | None, ...]:
+    return tuple(size if isinstance(size, int | str) else None for size in shape)

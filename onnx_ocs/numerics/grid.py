@@ -1,0 +1,47 @@
+"""The evenly spaced, symmetric grid that a signed integer type offers (Zhao et al., arXiv:1901.09504, Section 3.3)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+CHUNK = 2**18
+"""Values worked on at a time, so that temporaries stay in the cache."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """``2^bits - 1`` points at multiples of a step, from ``-levels`` to ``levels``."""
+
+    bits: int
+
+    @property
+    def levels(self) -> int:
+        """Q, the largest integer."""
+        return int(2 ** (self.bits - 1) - 1)
+
+    def step(self, threshold: NDArray[np.floating]) -> NDArray[np.float32]:
+        """Δ = T / Q in the type it is stored in; positive also where the threshold is zero.
+
+        Args:
+            threshold: (rows,), at least 0.
+        """
+        step = (np.asarray(threshold, np.float64) / self.levels).astype(np.float32)
+        return np.where(step > 0, np.maximum(step, np.finfo(np.float32).tiny), np.float32(1))
+
+
+def nearest(values: NDArray[np.floating], step: NDArray[np.float32]) -> NDArray[np.float64]:
+    """``floor(values / step + 1/2)``, in float64 so that the quotient is that of the stored step."""
+    scaled = np.divide(values, step, dtype=np.float64)
+    scaled += 0.5
+    return np.floor(scaled, out=scaled)
+
+
+def pieces(values: NDArray[Any], axis: int = 0) -> Iterator[tuple[slice, ...]]:
+    """Slices along ``axis`` that together cover ``values``, of about :data:`CHUNK` values each."""
+    length = values.shape[axis]
+    rows = max(1, CHUNK * length // max(1, values.size))
+    for start in range(0, length, rows):
+        yield (slice(None),) * axis + (slice(start, start + rows),)

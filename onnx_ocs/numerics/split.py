@@ -1,0 +1,227 @@
+"""Outlier channel splitting on plain arrays (Zhao et al., ICML 2019, arXiv:1901.09504).
+
+Splitting a channel is nothing but a wider integer range for it: with ``q = floor(w / Δ + 1/2)`` a copy with the share
+``1 / d`` and the phase ``a`` holds ``floor((q + a) / d)``, and by Hermite's identity (Equation 8) the copies of a
+channel sum to ``q``. So any rounding method may choose any integer up to ``levels / largest share``, and dealing it
+out to the copies is exact.
+"""
+
+import heapq
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pieces = list[tuple[int, int]]  # (denominator, phase) of each copy of one channel
+Policy = Callable[[int], Pieces]
+
+POLICIES: dict[str, Policy] = {}
+
+
+def policy(name: str) -> Callable[[Policy], Policy]:
+    """Register how a channel becomes n copies."""
+
+    def register(function: Policy) -> Policy:
+        POLICIES[name] = function
+        return function
+
+    return register
+
+
+@policy("even")
+def even(copies: int) -> Pieces:
+    """Equal shares: ``1 / n`` each."""
+    return [(copies, phase) for phase in range(copies)]
+
+
+@policy("halving")
+def halving(copies: int) -> Pieces:
+    """The largest piece is halved again, as in the paper: 1/2 and 1/2; 1/4, 1/4 and 1/2; four times 1/4; ..."""
+    made: Pieces = [(1, 0)]
+    while len(made) < copies:
+        at = min(range(len(made)), key=lambda i: made[i][0])
+        denominator, phase = made[at]
+        made[at : at + 1] = [(2 * denominator, phase), (2 * denominator, phase + denominator)]
+    return made
+
+
+def divisor(copies: int, policy: str) -> int:
+    """What the largest magnitude of a channel is divided by when it has this many copies."""
+    return copies if policy == "even" else 2 ** (copies.bit_length() - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class SplitPlan:
+    """How C channels become C + k.
+
+    Expanded channel ``j`` copies channel ``source[j]`` and carries the share ``1 / denominator[j]`` of it; of the
+    integers on a grid it carries ``floor((q + phase[j]) / denominator[j])``. The shares of one channel's copies sum
+    to 1 and their integers to ``q``, so a layer that is linear in its channels computes the same output.
+    """
+
+    source: NDArray[np.int64]  # (C + k,)
+    denominator: NDArray[np.int64]  # (C + k,)
+    phase: NDArray[np.int64]  # (C + k,)
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return int(self.source.max()) + 1 if self.source.size else 0
+
+    @property
+    def extra(self) -> int:
+        """k."""
+        return len(self.source) - self.channels
+
+    @property
+    def gain(self) -> NDArray[np.float64]:
+        """(C + k,), the share of each copy."""
+        return 1 / self.denominator
+
+    @property
+    def offset(self) -> NDArray[np.float64]:
+        """(C + k,), what quantization-aware splitting adds to each share, in steps (Equation 6 for two copies)."""
+        return (self.phase + 0.5 - self.denominator / 2) / self.denominator
+
+    @property
+    def widening(self) -> NDArray[np.int64]:
+        """(C,), by how much the integer range of each channel grows: 1 / the largest share of its copies."""
+        narrowest = np.full(self.channels, np.iinfo(np.int64).max)
+        np.minimum.at(narrowest, self.source, self.denominator)
+        return narrowest
+
+
+def plan_splits(copies: NDArray[np.int64], policy: str = "even") -> SplitPlan:
+    """The plan that gives channel ``c`` ``copies[c]`` copies: the first in its own place, the others behind all channels.
+
+    Args:
+        copies: (C,), at least 1 each.
+    """
+    first, more = [], []
+    for channel, number in enumerate(copies.tolist()):
+        pieces = [(channel, *piece) for piece in POLICIES[policy](number)]
+        first.append(pieces[0])
+        more += pieces[1:]
+    table = np.array(first + more, np.int64).reshape(-1, 3)
+    return SplitPlan(table[:, 0].copy(), table[:, 1].copy(), table[:, 2].copy())
+
+
+def joined(plans: list[SplitPlan]) -> SplitPlan:
+    """The plan of a grouped layer: the expanded channels of each group stand together."""
+    starts = np.cumsum([0] + [plan.channels for plan in plans])
+    return SplitPlan(
+        np.concatenate([plan.source + start for plan, start in zip(plans, starts[:-1], strict=True)]),
+        np.concatenate([plan.denominator for plan in plans]),
+        np.concatenate([plan.phase for plan in plans]),
+    )
+
+
+def extra_channels(ratio: float, channels: int) -> int:
+    """``ceil(ratio * channels)``, by the decimal digits of ``ratio`` (0.07 * 100 is 7, not 7.000000000000001)."""
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"ratio must be from 0 to 1, not {ratio}")
+    return math.ceil(Fraction(str(ratio)) * channels)
+
+
+def copies_per_tensor(peaks: NDArray[np.floating], extra: int, policy: str = "even") -> NDArray[np.int64]:
+    """How often each channel is to stand so that the largest share of all is least: one at a time, always the largest.
+
+    Args:
+        peaks: (C,), the largest magnitude of each channel.
+        extra: copies to add.
+    """
+    copies = np.ones(len(peaks), np.int64)
+    heap = [(-float(peak), channel) for channel, peak in enumerate(peaks)]
+    heapq.heapify(heap)
+    for _ in range(extra):
+        channel = heap[0][1]
+        copies[channel] += 1
+        heapq.heapreplace(heap, (-float(peaks[channel]) / divisor(int(copies[channel]), policy), channel))
+    return copies
+
+
+def copies_per_row(peaks: NDArray[np.floating], extra: int, policy: str = "even") -> NDArray[np.int64]:
+    """As :func:`copies_per_tensor` where each output channel has its own threshold.
+
+    One at a time to the channel whose split lowers the sum of the squared thresholds most; where no split lowers it
+    (each row's peak stands in two channels), to the channel with the largest remaining magnitude.
+
+    Args:
+        peaks: (O, C), the largest magnitude of each output and input channel.
+        extra: copies to add.
+    """
+    outputs, channels = peaks.shape
+    copies = np.ones(channels, np.int64)
+    shares = peaks.astype(np.float64)
+    rows = np.arange(outputs)
+    top, first, second = _leaders(shares)
+    for _ in range(extra):
+        then = peaks[rows, top] / np.array([divisor(int(n) + 1, policy) for n in copies])[top]
+        gain = np.bincount(top, first**2 - np.maximum(then, second) ** 2, minlength=channels)
+        channel = int(np.argmax(gain))
+        if not gain[channel] > 0:
+            channel = int(np.argmax(shares.max(axis=0)))
+        copies[channel] += 1
+        shares[:, channel] = peaks[:, channel] / divisor(int(copies[channel]), policy)
+        stale = (top == channel) | (peaks[:, channel] / divisor(int(copies[channel]) - 1, policy) >= second)
+        top[stale], first[stale], second[stale] = _leaders(shares[stale])
+    return copies
+
+
+def _leaders(shares: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """Of each row the channel with the largest share, that share, and the next largest."""
+    top = shares.argmax(axis=1)
+    first = np.take_along_axis(shares, top[:, None], 1)[:, 0]
+    if shares.shape[1] == 1:
+        return top, first, np.zeros_like(first)
+    return top, first, np.partition(shares, -2, axis=1)[:, -2]
+
+
+def expand(values: NDArray[Any], plan: SplitPlan, axis: int, step: NDArray[np.floating] | None = None) -> NDArray[Any]:
+    """The shares of each copy along ``axis``: (..., C, ...) becomes (..., C + k, ...).
+
+    Args:
+        values: weights.
+        step: of the grid, in a shape that broadcasts to ``values``: adds the offsets of quantization-aware splitting,
+            which sum to 0; none for naive splitting.
+    """
+    axis %= values.ndim
+    out = values.take(plan.source, axis)
+    split = np.flatnonzero(plan.denominator > 1)
+    there = (slice(None),) * axis + (split,)
+    share = values.take(plan.source[split], axis).astype(np.float64) * along(plan.gain[split], axis, values.ndim)
+    if step is not None:
+        share += along(plan.offset[split], axis, values.ndim) * step
+    out[there] = share.astype(values.dtype)
+    return out
+
+
+def deal(integers: NDArray[Any], plan: SplitPlan, axis: int) -> NDArray[Any]:
+    """Each copy's part of the integers of its channel: ``floor((q + phase) / denominator)``, exactly (Equation 8)."""
+    axis %= integers.ndim
+    out = integers.take(plan.source, axis)
+    split = np.flatnonzero(plan.denominator > 1)
+    there = (slice(None),) * axis + (split,)
+    whole = integers.take(plan.source[split], axis).astype(np.int64)
+    out[there] = (whole + along(plan.phase[split], axis, whole.ndim)) // along(
+        plan.denominator[split], axis, whole.ndim
+    )
+    return out
+
+
+def recombine(copies: NDArray[Any], plan: SplitPlan, axis: int) -> NDArray[np.float64]:
+    """The sum of the copies of each channel: (..., C + k, ...) becomes (..., C, ...)."""
+    shape = list(copies.shape)
+    shape[axis] = plan.channels
+    whole = np.zeros(shape)
+    np.add.at(np.moveaxis(whole, axis, 0), plan.source, np.moveaxis(copies.astype(np.float64), axis, 0))
+    return whole
+
+
+def along(values: NDArray[Any], axis: int, ndim: int) -> NDArray[Any]:
+    """A vector in the shape that broadcasts along ``axis`` of an array of ``ndim`` dimensions."""
+    return values.reshape(-1, *[1] * (ndim - 1 - axis % ndim))

@@ -1,0 +1,204 @@
+"""One layer's weight: its channels' peaks, its thresholds, and its integers, whatever the order of its axes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_ocs.numerics.clip import thresholds
+from onnx_ocs.numerics.compare import decibels
+from onnx_ocs.numerics.grid import Grid, nearest, pieces
+from onnx_ocs.numerics.histogram import histogram
+from onnx_ocs.numerics.split import (
+    SplitPlan,
+    along,
+    copies_per_row,
+    copies_per_tensor,
+    deal,
+    divisor,
+    expand,
+    extra_channels,
+    joined,
+    plan_splits,
+    recombine,
+)
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Where the channels of a weight lie.
+
+    With groups one of the two axes holds the channels of all groups, one behind the other: the output axis (Conv),
+    or the input axis if ``groups_on_input`` (ConvTranspose).
+    """
+
+    input: int
+    output: int | None
+    groups: int = 1
+    groups_on_input: bool = False
+
+
+def channel_peaks(weight: NDArray[Any], axes: Axes) -> NDArray[np.float64]:
+    """(groups, outputs, inputs): the largest magnitude of each pair of channels; NaN or infinite where the weights are."""
+    kept = {axes.input, axes.output}
+    others = tuple(axis for axis in range(weight.ndim) if axis not in kept)
+    highest, lowest = weight.max(axis=others, keepdims=True), weight.min(axis=others, keepdims=True)
+    peaks = np.maximum(np.abs(highest.astype(np.float64)), np.abs(lowest.astype(np.float64)))
+    outputs = 1 if axes.output is None else weight.shape[axes.output]
+    inputs = weight.shape[axes.input]
+    if axes.output is not None and axes.output > axes.input:
+        peaks = np.swapaxes(peaks, axes.input, axes.output)
+    peaks = peaks.reshape(outputs, inputs)
+    if axes.groups_on_input:
+        return np.ascontiguousarray(peaks.reshape(outputs, axes.groups, -1).swapaxes(0, 1))
+    return peaks.reshape(axes.groups, -1, inputs)
+
+
+def choose_splits(
+    peaks: NDArray[np.float64], ratio: float, per_channel: bool, policy: str, groups_on_input: bool = False
+) -> tuple[SplitPlan, ...]:
+    """A plan for each group, with ``ceil(ratio * inputs)`` extra channels each (Zhao et al., Section 3.4).
+
+    Groups along the input axis share one plan over all their channels.
+    """
+    extra = extra_channels(ratio, peaks.shape[2])
+    choose = copies_per_row if per_channel else _copies_of_all
+    plans = [plan_splits(choose(group, extra, policy), policy) for group in peaks]
+    return (joined(plans),) if groups_on_input else tuple(plans)
+
+
+def _copies_of_all(peaks: NDArray[np.float64], extra: int, policy: str) -> NDArray[np.int64]:
+    return copies_per_tensor(peaks.max(axis=0), extra, policy)
+
+
+def no_split(weight: NDArray[Any], axes: Axes) -> tuple[SplitPlan, ...]:
+    """The plan that leaves every channel as it is."""
+    return (plan_splits(np.ones(weight.shape[axes.input], np.int64)),)
+
+
+def by_group(
+    function: Callable[..., NDArray[Any]], plans: tuple[SplitPlan, ...], axes: Axes, *arrays: NDArray[Any]
+) -> NDArray[Any]:
+    """``function(plan, *parts)`` of each group, joined again; arrays are cut along the output axis where they have it."""
+    if len(plans) == 1:
+        return function(plans[0], *arrays)
+    assert axes.output is not None
+    cut = [
+        np.split(array, len(plans), axes.output) if array.shape[axes.output] > 1 else [array] * len(plans)
+        for array in arrays
+    ]
+    return np.concatenate([function(plan, *parts) for plan, *parts in zip(plans, *cut, strict=True)], axes.output)
+
+
+def choose_threshold(
+    weight: NDArray[Any],
+    plans: tuple[SplitPlan, ...],
+    axes: Axes,
+    per_channel: bool,
+    clip: str,
+    bits: int,
+) -> NDArray[np.float64]:
+    """T by the clip method ``clip`` over the shares of the split weight: () or, with one scale per output, (outputs,)."""
+    output = axes.output if per_channel else None
+    if clip == "none":
+        return _largest_shares(channel_peaks(weight, axes), plans, axes, output is not None)
+    shares = by_group(lambda plan, part: expand(part, plan, axes.input), plans, axes, weight)
+    rows = shares.reshape(1, -1) if output is None else np.moveaxis(shares, output, 0).reshape(shares.shape[output], -1)
+    found = thresholds(histogram(rows), clip, bits)
+    return found[0] if output is None else found
+
+
+def _largest_shares(
+    peaks: NDArray[np.float64], plans: tuple[SplitPlan, ...], axes: Axes, per_channel: bool
+) -> NDArray[np.float64]:
+    widening = np.concatenate([plan.widening for plan in plans]).reshape(-1, 1, peaks.shape[2])
+    shares: NDArray[np.float64] = (peaks / widening).max(axis=2)
+    if not per_channel:
+        return shares.max()
+    return shares.max(axis=0) if axes.groups_on_input else shares.reshape(-1)
+
+
+def shaped_step(step: NDArray[np.float32], axes: Axes, ndim: int) -> NDArray[np.float32]:
+    """One step, or one for each output channel, in the shape that broadcasts to the weight."""
+    if step.ndim == 0:
+        return step.reshape((1,) * ndim)
+    assert axes.output is not None
+    return along(step, axes.output, ndim)
+
+
+def split_floats(
+    weight: NDArray[Any], plans: tuple[SplitPlan, ...], axes: Axes, step: NDArray[np.float32] | None
+) -> NDArray[Any]:
+    """The weight with its split channels; with the offsets of quantization-aware splitting if there is a ``step``."""
+    if step is None:
+        return by_group(lambda plan, part: expand(part, plan, axes.input), plans, axes, weight)
+    wide = shaped_step(step, axes, weight.ndim)
+    return by_group(lambda plan, part, steps: expand(part, plan, axes.input, steps), plans, axes, weight, wide)
+
+
+def split_integers(
+    weight: NDArray[Any], plans: tuple[SplitPlan, ...], axes: Axes, step: NDArray[np.float32], bits: int, aware: bool
+) -> tuple[NDArray[np.int8], float]:
+    """The integers of each copy on the grid, and the signal-to-noise ratio of the weight they stand for, in dB.
+
+    Quantization-aware splitting rounds the weight to nearest on the widened range of its channel and deals the integer
+    out to the copies (Equation 8); naive splitting rounds each share by itself.
+    """
+    grid = Grid(bits)
+    wide = shaped_step(step, axes, weight.ndim)
+    energy = [0.0, 0.0]
+
+    def aware_part(plan: SplitPlan, part: NDArray[Any], steps: NDArray[np.float32]) -> NDArray[np.int8]:
+        limit = along(plan.widening * grid.levels, axes.input, part.ndim)
+        return deal(_round(part, steps, limit, energy), plan, axes.input).astype(np.int8)
+
+    def naive_part(plan: SplitPlan, part: NDArray[Any], steps: NDArray[np.float32]) -> NDArray[np.int8]:
+        shares = expand(part.astype(np.float64), plan, axes.input)
+        rounded = np.clip(nearest(shares, steps), -grid.levels, grid.levels)
+        whole = recombine(rounded * steps, plan, axes.input)
+        energy[0] += float(np.sum(np.square(part, dtype=np.float64)))
+        energy[1] += float(np.sum(np.square(whole - part)))
+        return rounded.astype(np.int8)
+
+    integers = by_group(aware_part if aware else naive_part, plans, axes, weight, wide)
+    return integers, decibels(*energy)
+
+
+def _round(
+    weight: NDArray[Any], step: NDArray[np.float32], limit: NDArray[np.int64], energy: list[float]
+) -> NDArray[Any]:
+    """Nearest integers within ±limit; adds the energies of the weight and of the error to ``energy``."""
+    out = np.empty(weight.shape, np.int16 if limit.max() < 2**15 else np.int64)
+    for piece in pieces(weight):
+        values = weight[piece].astype(np.float64)
+        here = step[piece] if step.shape[0] > 1 else step
+        bound = limit[piece] if limit.shape[0] > 1 else limit
+        rounded = nearest(values, here)
+        np.clip(rounded, -bound, bound, out=rounded)
+        out[piece] = rounded
+        energy[0] += float(np.vdot(values, values))
+        rounded *= here
+        rounded -= values
+        energy[1] += float(np.vdot(rounded, rounded))
+    return out
+
+
+def recombination_error(
+    weight: NDArray[Any], plans: tuple[SplitPlan, ...], axes: Axes, step: NDArray[np.float32] | None
+) -> float:
+    """The largest difference between the weight and the sum of its copies, relative to its largest magnitude."""
+    shares = split_floats(weight, plans, axes, step)
+    whole = by_group(lambda plan, part: recombine(part, plan, axes.input), plans, axes, shares)
+    return float(np.abs(whole - weight).max() / max(np.abs(weight.astype(np.float64)).max(), np.finfo(np.float64).tiny))
+
+
+def range_of(weight: NDArray[Any], plans: tuple[SplitPlan, ...], axes: Axes) -> tuple[float, float]:
+    """The largest magnitude in standard deviations about zero, and what splitting leaves of it as a share."""
+    peaks = channel_peaks(weight, axes)
+    peak = float(peaks.max())
+    if peak == 0:
+        return 0.0, 1.0
+    deviation = float(np.sqrt(np.mean(np.square(weight, dtype=np.float64))))
+    return peak / deviation, float(_largest_shares(peaks, plans, axes, False)) / peak

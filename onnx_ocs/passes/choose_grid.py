@@ -1,0 +1,52 @@
+"""On how many bits each layer goes, with how many scales, and in which integer type."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from onnx_ocs.graph.integers import PER_CHANNEL_SINCE, narrowest, needed_opset
+from onnx_ocs.passes.base import LayerPlan, Work, is_first
+
+FIRST_LAYER_BITS = 8
+
+
+@dataclass(frozen=True)
+class ChooseGrid:
+    """Bits, granularity and storage of the integers; a layer whose graph's opset cannot store them is declined."""
+
+    name: ClassVar[str] = "choose-grid"
+
+    bits: int = 8
+    per_channel: bool = True
+    first: str = "int8"
+    narrow: bool = True  # INT4 and INT2 where they suffice and the opset has them, or INT8 always
+    stored: bool = True  # or the weights stay float, and only the step counts
+
+    def apply(self, work: Work) -> list[LayerPlan]:
+        return [plan if plan.declined else self._visit(work, plan) for plan in work.plans]
+
+    def opsets(self, plan: LayerPlan) -> set[int]:
+        """What the layer needs its graph's opset to be: for its smallest type, and for INT8."""
+        return {needed_opset(width, self._per_channel(plan)) for width in (self._width(plan), 8)}
+
+    def _visit(self, work: Work, plan: LayerPlan) -> LayerPlan:
+        opset, per_channel = plan.layer.weight.home.opset, self._per_channel(plan)
+        plan = replace(plan, bits=self._bits(plan), per_channel=per_channel, storage=self._width(plan))
+        if not self.stored or opset >= max(self.opsets(plan)):
+            return plan
+        if opset >= min(self.opsets(plan)):
+            return replace(plan, storage=8)
+        what = (
+            f"a scale per output channel needs opset {PER_CHANNEL_SINCE}; --per-tensor needs 10"
+            if per_channel
+            else "DequantizeLinear needs opset 10"
+        )
+        return replace(plan, declined=True, reason=f"its graph stays at opset {opset} and {what}")
+
+    def _bits(self, plan: LayerPlan) -> int:
+        return FIRST_LAYER_BITS if self.first == "int8" and is_first(plan) else self.bits
+
+    def _width(self, plan: LayerPlan) -> int:
+        return narrowest(self._bits(plan)) if self.narrow else 8
+
+    def _per_channel(self, plan: LayerPlan) -> bool:
+        return self.per_channel and plan.layer.output_axis is not None

@@ -1,0 +1,126 @@
+"""Every option that decides what a transformation does, as plain data that can be stored and run again."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from onnx_ocs.errors import BadRecipe
+from onnx_ocs.numerics.clip import parse_clip
+from onnx_ocs.numerics.split import POLICIES
+
+Number = float
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "split": ("qa", "naive"),
+    "split_policy": tuple(POLICIES),
+    "first": ("float", "int8", "same"),
+    "container": ("auto", "int8"),
+    "target": ("generic",),
+}
+
+BITS = (2, 3, 4, 5, 6, 7, 8)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "per_channel": False,
+        "split": "qa",
+        "split_policy": "halving",
+        "clip": "none",
+        "first": "float",
+        "quantize_ops": ("Conv", "ConvTranspose"),
+    }
+}
+"""Zhao et al. as they ran it: one scale per tensor, the first layer and the dense layers float."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The options of one run under the names of the command line, with ``_`` for ``-``.
+
+    It holds neither paths nor verbosity: the same recipe on the same model gives the same bytes.
+
+    Raises:
+        ValueError: an option is out of its range; the message names the valid choices.
+    """
+
+    bits: int | None = 8
+    ratio: Number = 0.02
+    clip: str = "none"
+    per_channel: bool = True
+    split: str = "qa"
+    split_policy: str = "even"
+    float: bool = False
+    first: str = "int8"
+    quantize_ops: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    container: str = "auto"
+    target: str = "generic"
+    external_data: bool = False
+    verify: bool = True
+    tolerance: Number | None = None
+    min_sqnr: Number = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("quantize_ops", "only", "skip"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        object.__setattr__(self, "clip", str(self.clip))
+        if self.bits is not None and self.bits not in BITS:
+            raise ValueError(f"bits must be none or one of {', '.join(map(str, BITS))}, not {self.bits}")
+        if isinstance(self.ratio, bool) or not 0 <= self.ratio <= 1:
+            raise ValueError(f"ratio must be from 0 to 1, not {self.ratio}")
+        parse_clip(self.clip)
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                option = name.replace("_", "-")
+                raise ValueError(f"{option} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        for pattern in (*self.only, *self.skip):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
+        if self.tolerance is not None and not self.tolerance > 0:
+            raise ValueError(f"tolerance must be positive, not {self.tolerance}")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be a whole number of at least 0, not {self.seed}")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], preset: str | None = None, stored: Mapping[str, Any] | None = None) -> "Recipe":
+        """Explicit ``options`` over a ``preset`` over a ``stored`` recipe over the defaults."""
+        if preset is not None and preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}")
+        unknown = set(options) - {item.name for item in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown option {min(unknown)!r}; there are {', '.join(i.name for i in fields(cls))}")
+        return cls(**{**(stored or {}), **(PRESETS[preset] if preset else {}), **options})
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def stored_recipe(path: Path) -> dict[str, Any]:
+    """The options in a recipe file, or in a report, which holds one.
+
+    Raises:
+        BadRecipe: the file cannot be read, or holds no recipe.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise BadRecipe(f"{path}: cannot be read ({error.strerror}); check the path of the recipe") from None
+    except ValueError as error:
+        raise BadRecipe(f"{path}: not JSON ({error}); give a report or recipe written by onnx-ocs") from None
+    recipe = data.get("recipe", data) if isinstance(data, dict) else None
+    if not isinstance(recipe, dict):
+        raise BadRecipe(f"{path}: holds no recipe; give a report or recipe written by onnx-ocs")
+    try:
+        Recipe.of(recipe)
+    except (ValueError, TypeError) as error:
+        raise BadRecipe(f"{path}: {error}") from None
+    return recipe
