@@ -94,7 +94,10 @@ def tally(endings: list[Ending], running: set[str], file: Path | None) -> int:
     kept = [ending for ending in counted if ending.status == 0]
     quantized, left = sum(e.quantized for e in kept), sum((e.declined for e in kept), Counter[str]())
     weights = quantized + left.total()
-    print(f"graphs with constant weights that run: {len(counted)}, written: {len(kept)} ({len(kept) / max(1, len(counted)):.1%})")
+    print(
+        f"graphs with constant weights that run: {len(counted)}, "
+        f"written: {len(kept)} ({len(kept) / max(1, len(counted)):.1%})"
+    )
     print(f"constant weights in those: {weights}, quantized: {quantized} ({quantized / max(1, weights):.1%})")
     for reason, number in left.most_common():
         print(f"  {number:4d} x left float: {reason}")
@@ -105,7 +108,9 @@ def tally(endings: list[Ending], running: set[str], file: Path | None) -> int:
         with file.open("w", newline="") as out:
             table = csv.writer(out)
             table.writerow(["path", "status", "line", "checked", "check_line", "quantized", "left"])
-            table.writerows([e.path, e.status, e.line, e.checked, e.check_line, e.quantized, e.declined.total()] for e in endings)
+            table.writerows(
+                [e.path, e.status, e.line, e.checked, e.check_line, e.quantized, e.declined.total()] for e in endings
+            )
     odd = [ending for ending in endings if ending.status not in (0, 1, 3) or "internal error" in ending.line]
     for ending in odd:
         print(f"BROKEN: {ending.path}: exit {ending.status}: {ending.line}")

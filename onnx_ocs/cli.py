@@ -68,7 +68,9 @@ def _complain(error: object, status: int) -> int:
 def _transform_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="onnx-ocs",
-        usage="onnx-ocs IN OUT [options]\n       onnx-ocs check REF CANDIDATE [options]\n       onnx-ocs inspect MODEL [options]",
+        usage="\n       ".join(
+            f"onnx-ocs {form} [options]" for form in ("IN OUT", "check REF CANDIDATE", "inspect MODEL")
+        ),
         description="Split the outlier channels of a trained ONNX model and quantize its weights, without retraining.",
         argument_default=argparse.SUPPRESS,
     )
@@ -76,17 +78,27 @@ def _transform_parser() -> argparse.ArgumentParser:
     parser.add_argument("destination", metavar="OUT", type=Path, help="where the new model goes; may be IN")
     _add_recipe(parser)
     parser.add_argument("--float", action="store_true", help="split only; no quantization nodes")
-    parser.add_argument("--container", choices=CHOICES["container"], help="integer types: the smallest that fits, or int8")
+    parser.add_argument(
+        "--container", choices=CHOICES["container"], help="integer types: the smallest that fits, or int8"
+    )
     parser.add_argument("--target", choices=CHOICES["target"], help="whose rules the Q/DQ nodes follow")
-    parser.add_argument("--external-data", action="store_true", help="weights into a file beside OUT (always from 2 GB on)")
-    parser.add_argument("--inputs", type=Path, metavar="PATH", help="samples to verify on (.npz, .npy, a folder, ONNX test data)")
-    parser.add_argument("--tolerance", type=float, metavar="X", help="of the split model, relative to each output's peak")
+    parser.add_argument(
+        "--external-data", action="store_true", help="weights into a file beside OUT (always from 2 GB on)"
+    )
+    parser.add_argument(
+        "--inputs", type=Path, metavar="PATH", help="samples to verify on (.npz, .npy, a folder, ONNX test data)"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, metavar="X", help="of the split model, relative to each output's peak"
+    )
     parser.add_argument("--min-sqnr", type=float, metavar="DB", help="what the quantized outputs must exceed")
     parser.add_argument("--no-verify", action="store_true", help="write the result without running it")
     parser.add_argument("--verify-timeout", type=float, metavar="S", default=TIMEOUT, help="seconds for verification")
     parser.add_argument("--seed", type=int, metavar="N", help="of the generated samples")
     parser.add_argument("--report", type=Path, metavar="FILE.json", default=None, help="write what was done")
-    parser.add_argument("--recipe", type=Path, metavar="FILE.json", default=None, help="run the recipe of a report again")
+    parser.add_argument(
+        "--recipe", type=Path, metavar="FILE.json", default=None, help="run the recipe of a report again"
+    )
     _add_common(parser)
     return parser
 
@@ -94,19 +106,35 @@ def _transform_parser() -> argparse.ArgumentParser:
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     """Options that decide what is done with each layer; absent unless given, so that a preset or recipe can hold."""
     defaults = Recipe()
-    parser.add_argument("--bits", type=_bits, metavar="B", help=f"weight bits, {BITS[0]} to {BITS[-1]}, or none ({defaults.bits})")
-    parser.add_argument("--ratio", type=float, metavar="R", help=f"extra channels, as a share, 0 to 1 ({defaults.ratio})")
-    parser.add_argument("--clip", metavar="M", help=f"threshold of the weights: {', '.join(clip_names())} ({defaults.clip})".replace("%", "%%"))
+    parser.add_argument(
+        "--bits", type=_bits, metavar="B", help=f"weight bits, {BITS[0]} to {BITS[-1]}, or none ({defaults.bits})"
+    )
+    parser.add_argument(
+        "--ratio", type=float, metavar="R", help=f"extra channels, as a share, 0 to 1 ({defaults.ratio})"
+    )
+    parser.add_argument(
+        "--clip",
+        metavar="M",
+        help=f"threshold of the weights: {', '.join(clip_names())} ({defaults.clip})".replace("%", "%%"),
+    )
     grain = parser.add_mutually_exclusive_group()
-    grain.add_argument("--per-channel", action="store_true", dest="per_channel", help="a scale per output channel (default)")
+    grain.add_argument(
+        "--per-channel", action="store_true", dest="per_channel", help="a scale per output channel (default)"
+    )
     grain.add_argument("--per-tensor", action="store_false", dest="per_channel", help="a scale per weight")
     parser.add_argument("--split", choices=CHOICES["split"], help=f"how a channel is split ({defaults.split})")
-    parser.add_argument("--split-policy", choices=CHOICES["split_policy"], help=f"repeated splits ({defaults.split_policy})")
+    parser.add_argument(
+        "--split-policy", choices=CHOICES["split_policy"], help=f"repeated splits ({defaults.split_policy})"
+    )
     parser.add_argument("--preset", choices=tuple(PRESETS), default=None, help="paper: as Zhao et al. ran it")
     parser.add_argument("--only", action="append", metavar="REGEX", help="only the nodes of these names; repeatable")
     parser.add_argument("--skip", action="append", metavar="REGEX", help="not the nodes of these names; repeatable")
     parser.add_argument("--quantize-ops", type=_words, metavar="OP,...", help="only these operators (Conv,Gemm,...)")
-    parser.add_argument("--first", choices=CHOICES["first"], help=f"layers that read a graph input of 4 channels or fewer ({defaults.first})")
+    parser.add_argument(
+        "--first",
+        choices=CHOICES["first"],
+        help=f"layers that read a graph input of 4 channels or fewer ({defaults.first})",
+    )
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +157,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _transform(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    given = vars(options)
+    given = dict(vars(options))
     source, target = given.pop("source"), given.pop("destination")
     quiet, verbose = given.pop("quiet"), given.pop("verbose")
     report, timeout = given.pop("report"), given.pop("verify_timeout")
@@ -180,7 +208,9 @@ def _print_result(source: Path, target: Path, report: dict[str, Any], verbose: b
         if rows:
             table.add_row(f"layers {status}", _reasons(rows))
     size, overhead = report["size"], report["overhead"]
-    table.add_row("size", f"{_bytes(size['before'])} -> {_bytes(size['after'])} ({size['after'] / max(1, size['before']):.1%})")
+    table.add_row(
+        "size", f"{_bytes(size['before'])} -> {_bytes(size['after'])} ({size['after'] / max(1, size['before']):.1%})"
+    )
     if overhead["weights"] > 1:
         table.add_row("overhead", f"weights x{overhead['weights']:.3f}, channels x{overhead['activations']:.3f}")
     for name, value in _verified(report["verification"]):
@@ -211,8 +241,8 @@ def _verified(verification: dict[str, Any] | None) -> list[tuple[str, str]]:
         parts = [f"{found[name]:{form}} {unit}" for name, form, unit in _FIGURES if found.get(name) is not None]
         rows.append(("quantized model", f"{', '.join(parts)}, {kind}"))
         if "accuracy" in found:
-            accuracy = found["accuracy"]
-            figures = f"{accuracy['reference']:.2%} before, {accuracy['candidate']:.2%} after, on {accuracy['samples']} labels"
+            before, after, samples = (found["accuracy"][name] for name in ("reference", "candidate", "samples"))
+            figures = f"{before:.2%} before, {after:.2%} after, on {samples} labels"
             rows.append(("top-1 accuracy", figures))
     return rows
 
@@ -227,7 +257,9 @@ def _layer_table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         channels = "" if row["channels"] is None else f"{row['channels']}+{row['extra']}"
         sqnr = "" if row.get("sqnr_db") is None else f"{row['sqnr_db']:.1f}"
-        table.add_row(row["name"], row["op"], row["status"], channels, str(row.get("bits") or ""), sqnr, row["reason"] or "")
+        table.add_row(
+            row["name"], row["op"], row["status"], channels, str(row.get("bits") or ""), sqnr, row["reason"] or ""
+        )
     return table
 
 
@@ -254,7 +286,9 @@ def _check_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("reference", metavar="REF", type=Path)
     parser.add_argument("candidate", metavar="CANDIDATE", type=Path)
-    parser.add_argument("--inputs", type=Path, metavar="PATH", help="samples (.npz, .npy, a folder, ONNX test data); else random")
+    parser.add_argument(
+        "--inputs", type=Path, metavar="PATH", help="samples (.npz, .npy, a folder, ONNX test data); else random"
+    )
     parser.add_argument("--samples", type=int, metavar="N", help="how many (all given ones, or 8 random ones)")
     parser.add_argument("--atol", type=float, help="largest absolute error; with --rtol: atol + rtol * |reference|")
     parser.add_argument("--rtol", type=float, help="largest error relative to each value")
@@ -301,7 +335,13 @@ def _print_check(outcome: api.CheckOutcome) -> None:
     table = Table(box=None, pad_edge=False)
     for name in ("output", "max error", "of peak", "SQNR dB", "top-1 agreement", "KL"):
         table.add_column(name, justify="left" if name == "output" else "right", overflow="fold")
-    forms = (("max_abs_error", ".3g"), ("max_rel_error", ".2e"), ("sqnr_db", ".1f"), ("top1_agreement", ".2%"), ("kl_divergence", ".2g"))
+    forms = (
+        ("max_abs_error", ".3g"),
+        ("max_rel_error", ".2e"),
+        ("sqnr_db", ".1f"),
+        ("top1_agreement", ".2%"),
+        ("kl_divergence", ".2g"),
+    )
     for output in outcome.outputs:
         table.add_row(output["output"], *(format(output[n], f) if output[n] is not None else "" for n, f in forms))
     console = _console()
@@ -330,7 +370,7 @@ def _inspect_parser() -> argparse.ArgumentParser:
 
 
 def _inspect(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    given = vars(options)
+    given = dict(vars(options))
     source, file, quiet = given.pop("source"), given.pop("json"), given.pop("quiet")
     given.pop("verbose")
     rows = api.inspect(source, recipe=_resolve(given, parser))
@@ -344,7 +384,9 @@ def _inspect(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
 def _print_survey(rows: list[dict[str, Any]]) -> None:
     table = Table(box=None, pad_edge=False)
     for name in ("layer", "op", "channels", "outlier", "range after", "would be", "reason"):
-        table.add_column(name, justify="right" if name in ("channels", "outlier", "range after") else "left", overflow="fold")
+        table.add_column(
+            name, justify="right" if name in ("channels", "outlier", "range after") else "left", overflow="fold"
+        )
     for row in rows:
         known = row["status"] != "declined"
         table.add_row(

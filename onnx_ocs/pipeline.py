@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -34,7 +33,7 @@ from onnx_ocs.report import layer_rows, overhead, stage_summary
 Source = str | Path | onnx.ModelProto
 Progress = Callable[[str], None]
 
-TOLERANCES = {
+TOLERANCES: dict[int, float] = {
     onnx.TensorProto.DOUBLE: 1e-4,  # outputs are mostly float32 all the same
     onnx.TensorProto.FLOAT: 1e-4,
     onnx.TensorProto.FLOAT16: 2e-2,

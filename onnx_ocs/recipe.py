@@ -90,7 +90,9 @@ class Recipe:
             raise ValueError(f"seed must be a whole number of at least 0, not {self.seed}")
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], preset: str | None = None, stored: Mapping[str, Any] | None = None) -> "Recipe":
+    def of(
+        cls, options: Mapping[str, Any], preset: str | None = None, stored: Mapping[str, Any] | None = None
+    ) -> "Recipe":
         """Explicit ``options`` over a ``preset`` over a ``stored`` recipe over the defaults."""
         if preset is not None and preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}")

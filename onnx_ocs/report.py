@@ -12,7 +12,10 @@ from onnx_ocs.verify import Comparison
 
 def layer_rows(plans: Iterable[LayerPlan], declined: Iterable[Declined]) -> list[dict[str, Any]]:
     """One row for each layer."""
-    rows = [_declined_row(plan.layer.name, plan.layer.node.op, plan.reason) if plan.declined else _row(plan) for plan in plans]
+    rows = [
+        _declined_row(plan.layer.name, plan.layer.node.op, plan.reason) if plan.declined else _row(plan)
+        for plan in plans
+    ]
     return rows + [_declined_row(item.name, item.node.op, item.reason) for item in declined]
 
 
@@ -35,7 +38,15 @@ def _row(plan: LayerPlan) -> dict[str, Any]:
 
 
 def _declined_row(name: str, op: str, reason: str | None) -> dict[str, Any]:
-    return {"name": name, "op": op, "status": "declined", "reason": reason, "channels": None, "extra": 0, "source": None}
+    return {
+        "name": name,
+        "op": op,
+        "status": "declined",
+        "reason": reason,
+        "channels": None,
+        "extra": 0,
+        "source": None,
+    }
 
 
 def overhead(plans: Iterable[LayerPlan]) -> dict[str, float]:

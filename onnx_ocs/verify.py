@@ -108,9 +108,7 @@ def _cause(ended: subprocess.CompletedProcess[bytes]) -> str:
     return lines[-1][:200] if lines else f"exit status {ended.returncode}"
 
 
-def judge_split(
-    comparison: Comparison, tolerance: float, stage: str = "split"
-) -> str | None:
+def judge_split(comparison: Comparison, tolerance: float, stage: str = "split") -> str | None:
     """Why the split model is not the source's equal within float rounding; None if it is."""
     for output in comparison.stages[stage]:
         name = output["output"]
@@ -133,7 +131,9 @@ def judge_quantized(comparison: Comparison, min_sqnr: float, stage: str = "quant
         if output["nonfinite"]:
             return f"output {name!r} has values that are not finite where the source's are"
         if output["sqnr_db"] is not None and output["max_rel_error"] is not None and output["sqnr_db"] <= min_sqnr:
-            return f"output {name!r} has a signal-to-noise ratio of {output['sqnr_db']:.1f} dB, not above {min_sqnr:g} dB"
+            return (
+                f"output {name!r} has a signal-to-noise ratio of {output['sqnr_db']:.1f} dB, not above {min_sqnr:g} dB"
+            )
     return None
 
 
@@ -238,7 +238,9 @@ def _batches(request: Request, reference: Session, where: Path) -> Iterator[Batc
     while made < request.count:
         feed = generate(reference.inputs, guess, request.bounds, rng)
         yield Batch(feed)
-        made += max([1, *(values.shape[0] for values in feed.values() if values.ndim and _free_batch(reference.inputs))])
+        made += max(
+            [1, *(values.shape[0] for values in feed.values() if values.ndim and _free_batch(reference.inputs))]
+        )
 
 
 def _free_batch(inputs: list[Input]) -> bool:

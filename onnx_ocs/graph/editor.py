@@ -117,7 +117,7 @@ class Editor:
     def constant(
         self, scope: Scope, name: str, values: NDArray[Any] | None = None, *, tensor: onnx.TensorProto | None = None
     ) -> gs.Tensor:
-        """A new constant in ``scope``: ``values``, or a finished ``tensor`` (made by ``Model.tensor``) under a new name."""
+        """A new constant in ``scope``: ``values``, or a finished ``tensor`` (made by ``Model.tensor``), renamed."""
         name = self.unique(name)
         if tensor is None:
             assert values is not None
@@ -245,7 +245,7 @@ def _patch(scope: Scope) -> None:
     for index, (key, (_, source)) in reversed(list(enumerate(scope.sources.items()))):
         if key not in wanted:
             gone = set(source.output)
-            _keep(proto.value_info, lambda value, gone=gone: value.name not in gone)
+            _keep(proto.value_info, lambda value, gone=gone: value.name not in gone)  # type: ignore[misc]
             del proto.node[index]
     for index, node in enumerate(nodes):
         if id(node) not in scope.sources:

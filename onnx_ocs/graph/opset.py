@@ -32,7 +32,9 @@ def raise_opset(model: Model, target: int) -> None:
             item.version = target
     if not any(item.domain in ("", "ai.onnx") for item in raised.opset_import):
         raised.opset_import.add(domain="", version=target)
-    raised.ir_version = max(raised.ir_version, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", target)]))
+    raised.ir_version = max(
+        raised.ir_version, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", target)])
+    )
     if source.ir_version < 4 <= raised.ir_version:
         listed = {tensor.name for tensor in raised.graph.initializer}
         kept = [value for value in raised.graph.input if value.name not in listed]
@@ -49,7 +51,9 @@ def _convertible(source: onnx.ModelProto) -> onnx.ModelProto:
     listed = {value.name for value in copy.graph.input}
     for tensor in copy.graph.initializer:
         if tensor.name not in listed:  # it looks for constants among the inputs where the IR version is below 4
-            copy.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+            copy.graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            )
     known = {item.domain for item in copy.opset_import}
     for domain in sorted({node.domain for node in copy.graph.node} - known - {"", "ai.onnx"}):
         copy.opset_import.add(domain=domain, version=1)

@@ -88,7 +88,11 @@ def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     found = sorted(
-        {item.parent if item.suffix == ".pb" else item for item in path.rglob("*") if item.suffix in (".npz", ".npy", ".pb")}
+        {
+            item.parent if item.suffix == ".pb" else item
+            for item in path.rglob("*")
+            if item.suffix in (".npz", ".npy", ".pb")
+        }
     )
     if not found:
         raise BadSamples(f"{path}: the folder holds no .npz, .npy or .pb files")
@@ -162,7 +166,9 @@ class _arrays:
                 self._streams[member.removesuffix(".npy")] = _Stream(self._open[-1])
         elif self._path.suffix == ".npy":
             if len(self._inputs) != 1:
-                raise BadSamples(f"{self._path}: the model has {len(self._inputs)} inputs; give an .npz with all of them")
+                raise BadSamples(
+                    f"{self._path}: the model has {len(self._inputs)} inputs; give an .npz with all of them"
+                )
             self._open.append(self._path.open("rb"))
             self._streams[self._inputs[0].name] = _Stream(self._open[-1])
         else:
@@ -178,7 +184,8 @@ class _arrays:
         for item in self._inputs:
             if item.name not in self._streams:
                 raise BadSamples(
-                    f"{self._path}: no array for input {item.name!r}; it has {', '.join(sorted(self._streams)) or 'none'}"
+                    f"{self._path}: no array for input {item.name!r}; "
+                    f"it has {', '.join(sorted(self._streams)) or 'none'}"
                 )
             stream = self._streams[item.name]
             stacked = len(stream.shape) == len(item.shape) + 1

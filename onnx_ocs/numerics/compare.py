@@ -36,7 +36,9 @@ class Difference:
     rows: int = 0  # that look like scores of classes
     agreeing: int = 0
     divergence: float = 0.0  # sum of KL(reference || candidate) over the rows, in nats
-    correct: list[int] = field(default_factory=lambda: [0, 0])  # rows whose label has the largest score: reference, candidate
+    correct: list[int] = field(
+        default_factory=lambda: [0, 0]
+    )  # rows whose label has the largest score: reference, candidate
     labelled: int = 0
     is_float: bool = True
 
@@ -110,7 +112,7 @@ class Difference:
 
     def summary(self) -> dict[str, Any]:
         """The figures of this output as plain data."""
-        rounded = {
+        rounded: dict[str, Any] = {
             "output": self.name,
             "max_abs_error": self.max_abs_error if self.is_float else None,
             "max_rel_error": self.max_rel_error if self.is_float and math.isfinite(self.max_rel_error) else None,

@@ -96,7 +96,7 @@ class SplitPlan:
 
 
 def plan_splits(copies: NDArray[np.int64], policy: str = "even") -> SplitPlan:
-    """The plan that gives channel ``c`` ``copies[c]`` copies: the first in its own place, the others behind all channels.
+    """The plan that gives channel ``c`` ``copies[c]`` copies: one in its own place, the others behind all channels.
 
     Args:
         copies: (C,), at least 1 each.
@@ -224,4 +224,6 @@ def recombine(copies: NDArray[Any], plan: SplitPlan, axis: int) -> NDArray[np.fl
 
 def along(values: NDArray[Any], axis: int, ndim: int) -> NDArray[Any]:
     """A vector in the shape that broadcasts along ``axis`` of an array of ``ndim`` dimensions."""
-    return values.reshape(-1, *[1] * (ndim - 1 - axis % ndim))
+    shape = [1] * ndim
+    shape[axis] = -1
+    return values.reshape(shape)

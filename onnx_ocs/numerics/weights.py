@@ -17,7 +17,6 @@ from onnx_ocs.numerics.split import (
     copies_per_row,
     copies_per_tensor,
     deal,
-    divisor,
     expand,
     extra_channels,
     joined,
@@ -41,7 +40,7 @@ class Axes:
 
 
 def channel_peaks(weight: NDArray[Any], axes: Axes) -> NDArray[np.float64]:
-    """(groups, outputs, inputs): the largest magnitude of each pair of channels; NaN or infinite where the weights are."""
+    """(groups, outputs, inputs): the largest magnitude of each pair of channels; NaN and infinite values show."""
     kept = {axes.input, axes.output}
     others = tuple(axis for axis in range(weight.ndim) if axis not in kept)
     highest, lowest = weight.max(axis=others, keepdims=True), weight.min(axis=others, keepdims=True)
@@ -81,7 +80,7 @@ def no_split(weight: NDArray[Any], axes: Axes) -> tuple[SplitPlan, ...]:
 def by_group(
     function: Callable[..., NDArray[Any]], plans: tuple[SplitPlan, ...], axes: Axes, *arrays: NDArray[Any]
 ) -> NDArray[Any]:
-    """``function(plan, *parts)`` of each group, joined again; arrays are cut along the output axis where they have it."""
+    """``function(plan, *parts)`` of each group, joined again; arrays are cut along the output axis if they have it."""
     if len(plans) == 1:
         return function(plans[0], *arrays)
     assert axes.output is not None
@@ -100,7 +99,7 @@ def choose_threshold(
     clip: str,
     bits: int,
 ) -> NDArray[np.float64]:
-    """T by the clip method ``clip`` over the shares of the split weight: () or, with one scale per output, (outputs,)."""
+    """T by the clip method ``clip`` over the shares of the split weight: (), or (outputs,) with a scale for each."""
     output = axes.output if per_channel else None
     if clip == "none":
         return _largest_shares(channel_peaks(weight, axes), plans, axes, output is not None)

@@ -13,7 +13,6 @@ from onnx_ocs.graph.layers import Layer
 from onnx_ocs.numerics.split import SplitPlan
 from onnx_ocs.numerics.weights import Axes
 
-
 FIRST_LAYER_CHANNELS = 4
 """A layer that reads a graph input with so few channels is a first layer: RGB, RGBA, grey, raw features."""
 

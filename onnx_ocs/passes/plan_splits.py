@@ -9,7 +9,7 @@ from onnx_ocs.passes.base import FIRST_LAYER_CHANNELS, LayerPlan, Work, is_first
 
 @dataclass(frozen=True)
 class PlanSplits:
-    """``ceil(ratio * C)`` more channels for each layer, one at a time to the largest (Zhao et al., Sections 3.2, 3.4)."""
+    """``ceil(ratio * C)`` more channels for each layer, one at a time (Zhao et al., Sections 3.2, 3.4)."""
 
     name: ClassVar[str] = "plan-splits"
 

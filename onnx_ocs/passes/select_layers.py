@@ -11,6 +11,7 @@ from onnx_ocs.graph.layers import Layer
 from onnx_ocs.numerics.weights import channel_peaks
 from onnx_ocs.passes.base import LayerPlan, Work, is_first
 
+
 @dataclass(frozen=True)
 class SelectLayers:
     """Leave out what the user leaves out, and weights that no grid can hold."""
@@ -34,8 +35,8 @@ class SelectLayers:
         peak = channel_peaks(work.values(plan), plan.axes).max()
         if not np.isfinite(peak):
             raise UnsupportedModel(
-                f"{work.editor.model.name}: the weight {layer.weight.tensor.name!r} of node {layer.name!r} holds NaN or "
-                "infinite values; repair it, or leave the node out with --skip"
+                f"{work.editor.model.name}: the weight {layer.weight.tensor.name!r} of node {layer.name!r} holds NaN "
+                "or infinite values; repair it, or leave the node out with --skip"
             )
         if peak > np.finfo(np.float32).max:
             return replace(plan, declined=True, reason="its weights are beyond the range of float32 scales")

@@ -34,7 +34,9 @@ class SplitWeights:
         gathered = edit.gather(layer.scope, layer.data, source, layer.data_axis, layer.node)
         edit.rewire(layer.node, layer.data_input, gathered)
         if plan.key not in made:
-            made[plan.key] = edit.constant(layer.weight.home, f"{layer.weight.tensor.name}.split", tensor=self._tensor(work, plan))
+            made[plan.key] = edit.constant(
+                layer.weight.home, f"{layer.weight.tensor.name}.split", tensor=self._tensor(work, plan)
+            )
         edit.rewire(layer.node, layer.weight_input, made[plan.key])
 
     def _tensor(self, work: Work, plan: LayerPlan) -> Any:
