@@ -6,12 +6,14 @@ them only the nodes and constants that are new, rewired, or gone. (An export by 
 metadata, documentation, denotations and several kinds of attributes.)
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.shape_inference
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
@@ -92,6 +94,20 @@ class Editor:
             opset = opset_of(proto.opset_import) if proto.opset_import else model.opset()
             self._enter(Scope(function, proto, f"{proto.domain}::{proto.name}/", opset))
         self._results = {name for scope in self.scopes for name in _results(scope.proto)}
+
+    @functools.cached_property
+    def ranks(self) -> dict[str, int]:
+        """The number of dimensions of each value of the source for which shape inference finds it."""
+        try:
+            inferred = onnx.shape_inference.infer_shapes(self.model.proto)
+        except Exception:  # of several kinds, by where in the C++ code it fails
+            inferred = self.model.proto
+        return {
+            value.name: len(value.type.tensor_type.shape.dim)
+            for graph in _graphs(inferred.graph)
+            for value in (*graph.input, *graph.output, *graph.value_info)
+            if value.type.tensor_type.HasField("shape")
+        }
 
     def _enter(self, scope: Scope) -> None:
         self.scopes.append(scope)
@@ -269,6 +285,15 @@ def _keep(items: Any, wanted: Callable[[Any], bool]) -> None:
     for index in reversed(range(len(items))):
         if not wanted(items[index]):
             del items[index]
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """``graph`` and all bodies in it."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                yield from _graphs(body)
 
 
 def _results(proto: onnx.GraphProto | onnx.FunctionProto) -> Iterator[str]:

@@ -23,27 +23,35 @@ FLOATS = {
 }
 
 
+@dataclass(frozen=True)
+class Arranged:
+    """One node that a weight passes through."""
+
+    op: str
+    argument: tuple[int, ...]  # the permutation, the shape, or the element type
+
+
 @dataclass(frozen=True, eq=False)
 class Weight:
     """A constant and the nodes between it and the layer that reads it."""
 
     tensor: onnx.TensorProto
     home: Scope  # the graph that holds the constant
-    through: tuple[gs.Node, ...]  # Identity, Transpose, Reshape, Cast, in the order they are applied
+    through: tuple[Arranged, ...]  # in the order they are applied
     data_type: int  # as the layer reads it
     shape: tuple[int, ...]  # as the layer reads it
 
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for two layers that read the same values."""
-        return (id(self.home), self.tensor.name, *(id(node) for node in self.through))
+        return (id(self.home), self.tensor.name, self.through)
 
     def read(self, model: Model, cast: bool = True) -> NDArray[Any]:
         """The values as the layer reads them; a view of the source where no node changes them."""
         values = model.read(self.tensor)
-        for node in self.through:
-            if cast or node.op != "Cast":
-                values = THROUGH[node.op](values, node, model)
+        for step in self.through:
+            if cast or step.op != "Cast":
+                values = THROUGH[step.op].apply(values, step.argument)
         return values
 
 
@@ -83,7 +91,11 @@ class Place:
 
     node: gs.Node
     scope: Scope
-    model: Model
+    editor: Editor
+
+    @property
+    def model(self) -> Model:
+        return self.editor.model
 
     def weight(self, index: int) -> Weight | str:
         """The constant behind input ``index``, or why there is none."""
@@ -130,7 +142,7 @@ def find_layers(editor: Editor) -> list[Layer | Declined]:
     found: list[Layer | Declined] = []
     for scope in editor.scopes:
         for node in scope.graph.nodes:
-            if (layer := read_node(Place(node, scope, editor.model))) is not None:
+            if (layer := read_node(Place(node, scope, editor))) is not None:
                 found.append(layer)
     return found
 
@@ -171,8 +183,10 @@ def conv(place: Place) -> Layer:
 
 @reads("ConvTranspose")
 def conv_transpose(place: Place) -> Layer:
-    """data (N, C, *spatial), weight (C, M / group, *kernel)."""
+    """data (N, C, *spatial), weight (C, M / group, *kernel); depthwise it is that of a Conv."""
     weight, groups = _weight(place, 1, at_least=3), place.integer("group", 1)
+    if weight.shape[:2] == (groups, 1):
+        return _layer(place, weight, 1, 0, data_axis=1, input_axis=1, output_axis=0, groups=groups)
     return _layer(
         place, weight, 1, 0, data_axis=1, input_axis=0, output_axis=1, groups=groups, groups_on_input=groups > 1
     )
@@ -196,11 +210,11 @@ def matmul(place: Place) -> Layer:
     if side == 1:
         axis, other = (rank - 2, rank - 1) if rank > 1 else (0, None)
         return _layer(place, weight, 1, 0, data_axis=-1, input_axis=axis, output_axis=other)
-    shape = getattr(place.node.inputs[1], "shape", None)
-    if shape is None or not len(shape):
+    data_rank = place.editor.ranks.get(place.node.inputs[1].name)
+    if data_rank is None:
         raise Refused("the weight is on the left and the rank of the data is not known; run shape inference first")
     other = rank - 2 if rank > 1 else None
-    return _layer(place, weight, 0, 1, data_axis=-2 if len(shape) > 1 else -1, input_axis=rank - 1, output_axis=other)
+    return _layer(place, weight, 0, 1, data_axis=-2 if data_rank > 1 else -1, input_axis=rank - 1, output_axis=other)
 
 
 def _weight_side(place: Place, at_least: int) -> tuple[int, Weight]:
@@ -239,7 +253,7 @@ def _layer(place: Place, weight: Weight, weight_input: int, data_input: int, **a
 
 def constant_behind(tensor: gs.Tensor, place: Place) -> Weight | str:
     """The constant that ``tensor`` is, or is made of by nodes that only arrange it; else why there is none."""
-    through: list[gs.Node] = []
+    through: list[Arranged] = []
     while (source := _tensor_of(tensor)) is None:
         if isinstance(tensor, gs.Constant):
             return "its weight is a constant of no tensor"
@@ -250,22 +264,20 @@ def constant_behind(tensor: gs.Tensor, place: Place) -> Weight | str:
             return "already quantized"
         if node.op not in THROUGH or node.domain not in (None, "", "ai.onnx"):
             return "its weight is computed at run time"
-        if node.op == "Reshape" and (len(node.inputs) < 2 or _tensor_of(node.inputs[1]) is None):
-            return "its weight is reshaped at run time"
-        through.insert(0, node)
+        argument = THROUGH[node.op].argument(node, place.model)
+        if argument is None:
+            return f"its weight goes through a {node.op} that is decided at run time"
+        through.insert(0, Arranged(node.op, argument))
         tensor = node.inputs[0]
     home: Scope | None = place.scope
     while home is not None and not home.holds(tensor):
         home = home.parent
     if home is None:
         return "its weight is computed at run time"
-    kind = source.data_type
-    for node in through:
-        if node.op == "Cast":
-            kind = int(node.attrs["to"])
-    if kind not in FLOATS or source.data_type not in FLOATS:
+    kinds = [source.data_type, *(step.argument[0] for step in through if step.op == "Cast")]
+    if not FLOATS.issuperset(kinds):
         return f"its weight is of type {onnx.TensorProto.DataType.Name(source.data_type)}"
-    weight = Weight(source, home, tuple(through), kind, ())
+    weight = Weight(source, home, tuple(through), kinds[-1], ())
     return replace(weight, shape=weight.read(place.model, cast=False).shape)
 
 
@@ -283,23 +295,35 @@ def _tensor_of(tensor: gs.Tensor) -> onnx.TensorProto | None:
     return proto
 
 
-def _transpose(values: NDArray[Any], node: gs.Node, model: Model) -> NDArray[Any]:
-    return values.transpose(node.attrs.get("perm"))
+@dataclass(frozen=True)
+class _Arranger:
+    """What is known of an operator that only arranges values."""
+
+    argument: Callable[[gs.Node, Model], tuple[int, ...] | None]  # none where it is decided at run time
+    apply: Callable[[NDArray[Any], tuple[int, ...]], NDArray[Any]]
 
 
-def _reshape(values: NDArray[Any], node: gs.Node, model: Model) -> NDArray[Any]:
-    proto = _tensor_of(node.inputs[1])
-    assert proto is not None
-    wanted = model.read(proto).tolist()
-    if not node.attrs.get("allowzero", 0):
-        wanted = [values.shape[axis] if size == 0 else size for axis, size in enumerate(wanted)]
-    return values.reshape(wanted)
+def _permutation(node: gs.Node, model: Model) -> tuple[int, ...]:
+    return tuple(node.attrs.get("perm", ()))
 
 
-THROUGH: dict[str, Callable[[NDArray[Any], gs.Node, Model], NDArray[Any]]] = {
-    "Identity": lambda values, node, model: values,
-    "Transpose": _transpose,
-    "Reshape": _reshape,
-    "Cast": lambda values, node, model: values.astype(numpy_type(int(node.attrs["to"]))),
+def _shape(node: gs.Node, model: Model) -> tuple[int, ...] | None:
+    """The sizes asked for: 0 copies a size, unless ``allowzero`` says that it is one."""
+    if "shape" in node.attrs:  # before opset 5
+        return tuple(node.attrs["shape"])
+    if len(node.inputs) < 2 or (proto := _tensor_of(node.inputs[1])) is None or node.attrs.get("allowzero", 0):
+        return None
+    return tuple(model.read(proto).tolist())
+
+
+def _reshaped(values: NDArray[Any], wanted: tuple[int, ...]) -> NDArray[Any]:
+    return values.reshape([values.shape[axis] if size == 0 else size for axis, size in enumerate(wanted)])
+
+
+THROUGH = {
+    "Identity": _Arranger(lambda node, model: (), lambda values, _: values),
+    "Transpose": _Arranger(_permutation, lambda values, axes: values.transpose(axes or None)),
+    "Reshape": _Arranger(_shape, _reshaped),
+    "Cast": _Arranger(lambda node, model: (int(node.attrs["to"]),), lambda v, kind: v.astype(numpy_type(kind[0]))),
 }
 """Nodes that a weight may pass through on its way to a layer, and what they do to it."""

@@ -64,9 +64,12 @@ def _convertible(source: onnx.ModelProto) -> onnx.ModelProto:
 def _graft(graph: onnx.GraphProto, converted: onnx.GraphProto) -> None:
     """Put the converter's nodes and new constants into ``graph``; what it left alone stays the source's."""
     sources = {name: node for node in graph.node for name in node.output if name}
+    named = {(node.name, node.op_type): node for node in graph.node if node.name}
     nodes = []
     for node in converted.node:
         old = next((sources[name] for name in node.output if name in sources), None)
+        if old is None or old.op_type != node.op_type:  # the last of several nodes that take the place of one
+            old = named.get((node.name, node.op_type))
         if old is not None and _same(old, node):
             nodes.append(old)
             continue

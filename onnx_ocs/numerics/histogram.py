@@ -10,8 +10,8 @@ BINS = 2048
 """As in Migacz's entropy calibration: 16 to a step of the 8-bit grid that reaches to the peak. Few values are no reason
 for fewer: how well a step is resolved does not depend on how many values lie around it."""
 
-CHUNK = 2**18
-"""Values worked on at a time, so that temporaries (8 MB at most) stay near the cache."""
+CHUNK = 2**15
+"""Values worked on at a time, so that temporaries (256 KB each) stay in the cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,13 +44,15 @@ class Histogram:
 
     @property
     def deviation(self) -> NDArray[np.float64]:
-        """(rows,), the standard deviation about zero, sqrt(E x²); from the bins where E x² is beyond float64."""
-        held = (self.square > np.finfo(np.float64).tiny) & (self.square < np.inf)
-        binned = self.peak * np.sqrt(self.counts @ np.square(self.centers) / np.maximum(self.number, 1))
-        return np.where(held, np.sqrt(np.where(held, self.square, 1)), binned)
+        """(rows,), the standard deviation about zero, sqrt(E x²); from the bins where float64 cannot hold E x²."""
+        held = (self.square >= np.finfo(np.float64).tiny) & (self.square < np.inf)
+        found = np.sqrt(np.where(held, self.square, 0))
+        rest = self.select(~held)
+        found[~held] = rest.peak * np.sqrt(rest.counts @ np.square(rest.centers) / np.maximum(rest.number, 1))
+        return found
 
-    def select(self, rows: NDArray[Any]) -> "Histogram":
-        """The histograms of some rows, by their indices or a mask."""
+    def select(self, rows: NDArray[np.bool]) -> "Histogram":
+        """The histograms of the rows where the mask ``rows`` is set."""
         return Histogram(self.counts[rows], self.peak[rows], self.mean[rows], self.square[rows])
 
 
@@ -65,30 +67,33 @@ def histogram(values: NDArray[Any], bins: int = BINS) -> Histogram:
         ValueError: a value is infinite or not a number.
     """
     rows, length = values.shape
-    out = Histogram(np.zeros((rows, bins)), np.zeros(rows), np.zeros(rows), np.zeros(rows))
+    found = Histogram(np.zeros((rows, bins)), np.zeros(rows), np.zeros(rows), np.zeros(rows))
     if length == 0:
-        return out
+        return found
     height = max(1, CHUNK // max(length, bins))
     for start in range(0, rows, height):
-        _count(values[start : start + height], out.select(slice(start, start + height)))
-    return out
+        here = slice(start, start + height)
+        block = values[here]
+        peak = np.maximum(block.max(axis=1).astype(np.float64), -block.min(axis=1).astype(np.float64))
+        if not np.isfinite(peak).all():
+            raise ValueError(f"values must be finite; rows {start} to {start + len(block) - 1} hold one that is not")
+        found.peak[here] = peak
+        for first in range(0, length, CHUNK):
+            magnitude = np.abs(block[:, first : first + CHUNK].astype(np.float64))
+            # Divided before they are summed, so that no sum overflows; einsum and not BLAS, whose threads cost more
+            # than so short a product.
+            found.mean[here] += (magnitude / length).sum(axis=1)
+            with np.errstate(over="ignore", under="ignore"):
+                found.square[here] += np.einsum("ij,ij->i", magnitude, magnitude) / length
+            found.counts[here] += _count(magnitude / np.where(peak > 0, peak, 1)[:, None], bins)
+    return found
 
 
-def _count(values: NDArray[Any], out: Histogram) -> None:
-    """Fill in ``out``, the views of some rows."""
-    rows, length = values.shape
-    bins = out.bins
-    magnitude = np.abs(values.astype(np.float64))
-    out.peak[:] = magnitude.max(axis=1)
-    if not np.isfinite(out.peak).all():
-        raise ValueError("values must be finite to be counted")
-    out.mean[:] = magnitude.sum(axis=1) / length
-    with np.errstate(over="ignore", under="ignore"):
-        out.square[:] = np.vecdot(magnitude, magnitude) / length
-    magnitude /= np.where(out.peak > 0, out.peak, 1)[:, None]
-    magnitude *= bins
-    index = magnitude.astype(np.intp)
-    index += (np.arange(rows) * (bins + 1))[:, None]
-    counts = np.bincount(index.reshape(-1), minlength=rows * (bins + 1)).reshape(rows, bins + 1)
-    out.counts[:] = counts[:, :bins]
-    out.counts[:, -1] += counts[:, bins]  # the peak itself
+def _count(fractions: NDArray[np.float64], bins: int) -> NDArray[np.int64]:
+    """(rows, bins): how many of each row's ``fractions`` in [0, 1] fall into each bin."""
+    rows = len(fractions)
+    places = (fractions * bins).astype(np.int64)
+    places += (np.arange(rows) * (bins + 1))[:, None]
+    counts = np.bincount(places.reshape(-1), minlength=rows * (bins + 1)).reshape(rows, bins + 1)
+    counts[:, -2] += counts[:, -1]  # the peak itself
+    return counts[:, :-1]
