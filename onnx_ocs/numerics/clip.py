@@ -1,0 +1,241 @@
+"""Clip methods: where a row of values is cut off before it is spread over the grid.
+
+Each method is one registered function from the histograms of some rows to a threshold for each. Zhao et al. (ICML
+2019, arXiv:1901.09504, Sections 4.1 to 4.3) compare ``mse``, ``aciq`` and ``kl`` with splitting.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_ocs.numerics.grid import Grid
+from onnx_ocs.numerics.histogram import Histogram
+
+Thresholds = NDArray[np.float64]  # (rows,)
+Method = Callable[[Histogram, int, float], Thresholds]  # histograms, bits, parameter
+
+CANDIDATES = 100
+"""``mse`` and ``kl`` try this many even parts of the peak."""
+
+ROWS = 128
+"""Rows that ``kl`` works on at a time, so that its temporaries stay small."""
+
+
+@dataclass(frozen=True)
+class ClipMethod:
+    """A method, and the parameter it takes behind a colon."""
+
+    choose: Method
+    parameter: str = ""  # the letter it has in the help; empty where there is none
+    highest: float = math.inf  # of the parameter, which is above 0
+
+
+CLIP_METHODS: dict[str, ClipMethod] = {}
+
+
+def clip_method(name: str, parameter: str = "", highest: float = math.inf) -> Callable[[Method], Method]:
+    """Register a method under the name that users choose."""
+
+    def register(function: Method) -> Method:
+        CLIP_METHODS[name] = ClipMethod(function, parameter, highest)
+        return function
+
+    return register
+
+
+def clip_names() -> list[str]:
+    """The forms that :func:`parse_clip` takes."""
+    return [f"{name}:{method.parameter}" if method.parameter else name for name, method in CLIP_METHODS.items()] + [
+        "a fraction in (0, 1]"
+    ]
+
+
+def parse_clip(text: str) -> tuple[Method, float]:
+    """The method that ``text`` names, and its parameter (0 where it takes none).
+
+    Raises:
+        ValueError: there is no such method, or its parameter is out of range; the message names the valid choices.
+    """
+    name, colon, value = text.partition(":")
+    if not colon and re.match(r"[-+.\d]", text):
+        return _fraction, _number(text, text, 1.0)
+    if name not in CLIP_METHODS or bool(colon) != bool(CLIP_METHODS[name].parameter):
+        raise ValueError(f"clip must be one of {', '.join(clip_names())}, not {text!r}")
+    method = CLIP_METHODS[name]
+    return method.choose, _number(text, value, method.highest) if colon else 0.0
+
+
+def _number(text: str, value: str, highest: float) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError(f"clip {text!r}: {value!r} is not a number; choose {', '.join(clip_names())}") from None
+    if not (0 < number <= highest and math.isfinite(number)):
+        most = f" and at most {highest:g}" if math.isfinite(highest) else ""
+        raise ValueError(f"clip {text!r}: the number must be above 0{most}")
+    return number
+
+
+def thresholds(seen: Histogram, clip: str, bits: int) -> Thresholds:
+    """(rows,), the threshold of each row by the method ``clip``: in (0, peak], and 0 for a row of zeros.
+
+    Raises:
+        ValueError: ``clip`` is no method.
+    """
+    choose, parameter = parse_clip(clip)
+    return np.clip(choose(seen, bits, parameter), seen.peak / seen.bins, seen.peak)
+
+
+@clip_method("none")
+def largest(seen: Histogram, bits: int, parameter: float) -> Thresholds:
+    """The largest magnitude: nothing is clipped."""
+    return seen.peak
+
+
+@clip_method("mse")
+def least_squares(seen: Histogram, bits: int, parameter: float) -> Thresholds:
+    """The threshold with the least mean squared error (Sung et al., arXiv:1511.06488; Shin et al., 2016).
+
+    Candidates are the hundredths of the peak. Relative to the peak the error of a value depends on its bin alone, so
+    the errors of all rows are one product of the counts with a table. A value stands for the middle of its bin, whose
+    width is a sixteenth of the step of 8 bits.
+    """
+    parts = np.arange(1, CANDIDATES + 1) / CANDIDATES
+    errors = seen.counts @ _squared_errors(parts, seen.centers, Grid(bits).levels).T
+    return seen.peak * parts[errors.argmin(axis=1)]
+
+
+def _squared_errors(parts: NDArray[np.float64], values: NDArray[np.float64], levels: int) -> NDArray[np.float64]:
+    """(candidates, values): the squared error of each value under each threshold."""
+    step = (parts / levels)[:, None]
+    rounded = np.minimum(np.floor(values / step + 0.5), levels) * step
+    return np.square(values - rounded)
+
+
+@clip_method("aciq")
+def analytic(seen: Histogram, bits: int, parameter: float) -> Thresholds:
+    """The least expected error under the nearer of two densities (Banner et al., arXiv:1810.05723), for 2^b - 1 points.
+
+    With the step ``T / Q`` the error is the tail beyond T and ``T² / (12 Q²)`` of rounding. Laplace with the scale
+    ``b = E|x|``: ``2 b² exp(-T/b) + T² / (12 Q²)``, least at ``T = b W(12 Q²)``. Gauss with ``s² = E x²``:
+    ``(s² + T²) erfc(T / (s √2)) - √(2/π) T s exp(-T² / 2 s²) + T² / (12 Q²)``. The nearer density is the one with the
+    larger likelihood.
+    """
+    levels = Grid(bits).levels
+    deviation = seen.deviation
+    with np.errstate(divide="ignore"):
+        is_laplace = np.log(2 * seen.mean) + 1 < np.log(deviation) + (math.log(2 * math.pi) + 1) / 2
+    return np.where(is_laplace, seen.mean * laplace_factor(levels), deviation * gauss_factor(levels))
+
+
+@functools.cache
+def laplace_factor(levels: int) -> float:
+    """``W(12 Q²)`` with Lambert's W, by Newton's method."""
+    goal = 12.0 * levels**2
+    root = math.log(goal)
+    for _ in range(50):
+        root -= (root * math.exp(root) - goal) / ((root + 1) * math.exp(root))
+    return root
+
+
+@functools.cache
+def gauss_factor(levels: int) -> float:
+    """The best T / s: where ``4 (φ(k) - k Φ(-k)) = k / (6 Q²)``, the derivative of the error, by bisection."""
+    low, high = 0.0, 40.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        tail = math.exp(-(middle**2) / 2) / math.sqrt(2 * math.pi) - middle * math.erfc(middle / math.sqrt(2)) / 2
+        low, high = (middle, high) if 4 * tail > middle / (6 * levels**2) else (low, middle)
+    return low
+
+
+@clip_method("kl")
+def least_divergence(seen: Histogram, bits: int, parameter: float) -> Thresholds:
+    """The least divergence of the clipped histogram from its merged one (Migacz, GTC 2017).
+
+    For each candidate the counts beyond it fall into its last bin; the distribution is compared with its own counts
+    merged into ``Q + 1`` even parts and spread again over the bins that are not empty. Empty bins get a ten-thousandth
+    of a count from the others, as MXNet does, so that the divergence is finite. Candidates are even parts of the peak
+    with at least ``Q + 1`` bins.
+    """
+    parts = Grid(bits).levels + 1
+    lengths = np.unique(seen.bins * np.arange(1, CANDIDATES + 1) // CANDIDATES)
+    lengths = lengths[lengths >= parts]
+    best = np.empty(len(seen.peak), np.int64)
+    for start in range(0, len(best), ROWS):
+        counts = seen.counts[start : start + ROWS]
+        divergences = np.stack([_divergence(counts, int(length), parts) for length in lengths])
+        best[start : start + ROWS] = lengths[divergences.argmin(axis=0)]
+    return seen.peak * best / seen.bins
+
+
+def _divergence(counts: NDArray[np.float64], length: int, parts: int) -> NDArray[np.float64]:
+    """(rows,), KL of the first ``length`` bins, with the rest in the last of them, from their merger into ``parts``."""
+    clipped = counts[:, :length].copy()
+    clipped[:, -1] += counts[:, length:].sum(axis=1)
+    starts = np.arange(parts) * length // parts
+    widths = np.diff(np.append(starts, length))
+    filled = clipped > 0
+    merged = np.add.reduceat(counts[:, :length], starts, axis=1)
+    merged /= np.maximum(np.add.reduceat(filled, starts, axis=1, dtype=np.float64), 1)
+    spread = np.repeat(merged, widths, axis=1) * filled
+    p, q = _smoothed(clipped), _smoothed(spread)
+    p /= p.sum(axis=1, keepdims=True)
+    q /= q.sum(axis=1, keepdims=True)
+    return np.einsum("ij,ij->i", p, np.log(p / q))
+
+
+def _smoothed(counts: NDArray[np.float64], part: float = 1e-4) -> NDArray[np.float64]:
+    """Counts with ``part`` in each empty bin, taken evenly from the others."""
+    filled = counts > 0
+    number = np.maximum(filled.sum(axis=1, keepdims=True), 1)
+    taken = part * (counts.shape[1] - number) / number
+    return np.where(filled, np.maximum(counts - taken, part), part)
+
+
+SAWB = {
+    2: (2.569, 1.657),
+    3: (6.976, 6.345),
+    4: (11.786, 11.812),
+    5: (16.925, 17.806),
+    6: (22.191, 24.016),
+    7: (27.583, 30.409),
+    8: (33.051, 36.914),
+}
+"""c1 and c2 of each number of bits, for a symmetric grid of 2^b - 1 points that rounds to nearest (see ``sawb``)."""
+
+
+@clip_method("sawb")
+def statistics_aware(seen: Histogram, bits: int, parameter: float) -> Thresholds:
+    """``c1 sqrt(E x²) - c2 E|x|`` (statistics-aware weight binning; Choi et al., arXiv:1807.06964).
+
+    As there, the coefficients are a linear fit through the best thresholds of six densities (Gauss, uniform, Laplace,
+    logistic, triangle, von Mises), here for this grid; a test derives them again.
+    """
+    first, second = SAWB[bits]
+    return first * seen.deviation - second * seen.mean
+
+
+@clip_method("percentile", "P", 100)
+def percentile(seen: Histogram, bits: int, parameter: float) -> Thresholds:
+    """P percent of the magnitudes are at or below it (McKinstry et al., arXiv:1809.04191), to within a bin."""
+    reached = np.cumsum(seen.counts, axis=1)
+    wanted = seen.number * (parameter / 100)
+    bins = (reached < wanted[:, None] * (1 - 1e-12)).sum(axis=1) + 1
+    return seen.peak * np.minimum(bins, seen.bins) / seen.bins
+
+
+@clip_method("sigma", "K")
+def deviations(seen: Histogram, bits: int, parameter: float) -> Thresholds:
+    """K standard deviations about zero."""
+    return parameter * seen.deviation
+
+
+def _fraction(seen: Histogram, bits: int, parameter: float) -> Thresholds:
+    """A fixed share of the peak."""
+    return parameter * seen.peak
