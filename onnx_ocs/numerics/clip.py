@@ -215,10 +215,12 @@ def statistics_aware(seen: Histogram, bits: int, parameter: float) -> Thresholds
     """``c1 sqrt(E x²) - c2 E|x|`` (statistics-aware weight binning; Choi et al., arXiv:1807.06964).
 
     As there, the coefficients are a linear fit through the best thresholds of six densities (Gauss, uniform, Laplace,
-    logistic, triangle, von Mises), here for this grid; a test derives them again.
+    logistic, triangle, von Mises), here for this grid; a test derives them again. Rows of few values may be flatter
+    than the uniform or more peaked than the Laplace density; the fit is not followed beyond these two.
     """
     first, second = SAWB[bits]
-    return first * seen.deviation - second * seen.mean
+    shape = seen.deviation / np.where(seen.mean > 0, seen.mean, 1)
+    return seen.mean * (first * np.clip(shape, math.sqrt(4 / 3), math.sqrt(2)) - second)
 
 
 @clip_method("percentile", "P", 100)
