@@ -174,9 +174,9 @@ class Editor:
         Layers of one graph that ask for the same channels of the same tensor share the nodes.
 
         Args:
-            data: (..., C, ...), channels along ``axis``.
+            data: (..., C, ...), channels along ``axis``, which is counted from the end.
             source: (C + k,), which channel each expanded channel copies.
-            gain: (C + k,), in the type of ``data``; ``axis`` must then be counted from the end.
+            gain: (C + k,), in the type of ``data``.
         """
         key = (id(scope), data.name, axis, source.tobytes() + (b"" if gain is None else gain.tobytes()))
         if key not in self._gathers:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import onnx
+import onnx.numpy_helper
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
@@ -65,7 +67,7 @@ class Layer:
     weight: Weight
     weight_input: int
     data_input: int
-    data_axis: int  # of the channels; from the end where the rank may vary
+    data_axis: int  # of the channels, from the end
     input_axis: int  # of the weight: (C / groups) or, with ``groups_on_input``, (C)
     output_axis: int | None  # of the weight; none for a vector
     groups: int = 1
@@ -178,7 +180,7 @@ def name_of(place: Place) -> str:
 def conv(place: Place) -> Layer:
     """data (N, C, *spatial), weight (M, C / group, *kernel)."""
     weight, groups = _weight(place, 1, at_least=3), place.integer("group", 1)
-    return _layer(place, weight, 1, 0, data_axis=1, input_axis=1, output_axis=0, groups=groups)
+    return _layer(place, weight, 1, 0, data_axis=1 - len(weight.shape), input_axis=1, output_axis=0, groups=groups)
 
 
 @reads("ConvTranspose")
@@ -186,9 +188,17 @@ def conv_transpose(place: Place) -> Layer:
     """data (N, C, *spatial), weight (C, M / group, *kernel); depthwise it is that of a Conv."""
     weight, groups = _weight(place, 1, at_least=3), place.integer("group", 1)
     if weight.shape[:2] == (groups, 1):
-        return _layer(place, weight, 1, 0, data_axis=1, input_axis=1, output_axis=0, groups=groups)
+        return _layer(place, weight, 1, 0, data_axis=1 - len(weight.shape), input_axis=1, output_axis=0, groups=groups)
     return _layer(
-        place, weight, 1, 0, data_axis=1, input_axis=0, output_axis=1, groups=groups, groups_on_input=groups > 1
+        place,
+        weight,
+        1,
+        0,
+        data_axis=1 - len(weight.shape),
+        input_axis=0,
+        output_axis=1,
+        groups=groups,
+        groups_on_input=groups > 1,
     )
 
 
@@ -199,7 +209,9 @@ def gemm(place: Place) -> Layer:
     contracted = [0 if transposed[0] else 1, 1 if transposed[1] else 0]
     side, weight = _weight_side(place, at_least=2)
     axis = contracted[side]
-    return _layer(place, weight, side, 1 - side, data_axis=contracted[1 - side], input_axis=axis, output_axis=1 - axis)
+    return _layer(
+        place, weight, side, 1 - side, data_axis=contracted[1 - side] - 2, input_axis=axis, output_axis=1 - axis
+    )
 
 
 @reads("MatMul")
@@ -285,7 +297,11 @@ def _tensor_of(tensor: gs.Tensor) -> onnx.TensorProto | None:
     """The proto of an initializer or of the value of a Constant node, under the name it is read by."""
     values = tensor._values if isinstance(tensor, gs.Constant) else None
     if values is None and tensor.inputs and tensor.inputs[0].op == "Constant":
-        value = tensor.inputs[0].attrs.get("value")
+        attributes = tensor.inputs[0].attrs
+        for key, kind in (("value_ints", np.int64), ("value_floats", np.float32)):
+            if key in attributes:
+                return onnx.numpy_helper.from_array(np.array(attributes[key], kind), tensor.name)
+        value = attributes.get("value")
         values = value._values if isinstance(value, gs.Constant) else None
     if not isinstance(values, LazyValues) or isinstance(values, SparseValues):
         return None
