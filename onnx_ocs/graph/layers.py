@@ -187,19 +187,11 @@ def conv(place: Place) -> Layer:
 def conv_transpose(place: Place) -> Layer:
     """data (N, C, *spatial), weight (C, M / group, *kernel); depthwise it is that of a Conv."""
     weight, groups = _weight(place, 1, at_least=3), place.integer("group", 1)
+    axis = 1 - len(weight.shape)
     if weight.shape[:2] == (groups, 1):
-        return _layer(place, weight, 1, 0, data_axis=1 - len(weight.shape), input_axis=1, output_axis=0, groups=groups)
-    return _layer(
-        place,
-        weight,
-        1,
-        0,
-        data_axis=1 - len(weight.shape),
-        input_axis=0,
-        output_axis=1,
-        groups=groups,
-        groups_on_input=groups > 1,
-    )
+        return _layer(place, weight, 1, 0, data_axis=axis, input_axis=1, output_axis=0, groups=groups)
+    axes = {"data_axis": axis, "input_axis": 0, "output_axis": 1}
+    return _layer(place, weight, 1, 0, **axes, groups=groups, groups_on_input=groups > 1)
 
 
 @reads("Gemm")
@@ -208,10 +200,8 @@ def gemm(place: Place) -> Layer:
     transposed = [place.integer("transA", 0), place.integer("transB", 0)]
     contracted = [0 if transposed[0] else 1, 1 if transposed[1] else 0]
     side, weight = _weight_side(place, at_least=2)
-    axis = contracted[side]
-    return _layer(
-        place, weight, side, 1 - side, data_axis=contracted[1 - side] - 2, input_axis=axis, output_axis=1 - axis
-    )
+    axis, across = contracted[side], contracted[1 - side] - 2
+    return _layer(place, weight, side, 1 - side, data_axis=across, input_axis=axis, output_axis=1 - axis)
 
 
 @reads("MatMul")
