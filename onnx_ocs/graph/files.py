@@ -12,7 +12,7 @@ from typing import IO
 import onnx
 
 from onnx_ocs.errors import CannotWrite, UnsupportedModel
-from onnx_ocs.graph.wire import Chunk, buffers
+from onnx_ocs.graph.wire import Chunk, Lazy, buffers
 
 ALIGNMENT = 64
 """Of a tensor in a file of external data, so that a runtime can map it."""
@@ -39,14 +39,14 @@ def map_file(path: Path) -> memoryview:
 
 
 class ExternalData:
-    """The files beside a model that hold its payloads."""
+    """The files beside a model that hold its payloads; they are read, not mapped, so that no page of them stays."""
 
     def __init__(self, model: str, folder: Path | None) -> None:
         self._model = model
         self._folder = folder
-        self._maps: dict[Path, memoryview] = {}
+        self._files: dict[Path, OpenFile] = {}
 
-    def find(self, tensor: onnx.TensorProto, size: int) -> memoryview:
+    def find(self, tensor: onnx.TensorProto, size: int) -> Chunk:
         """The payload of ``tensor``, ``size`` bytes.
 
         Raises:
@@ -73,14 +73,19 @@ class ExternalData:
             ) from None
         if size == 0:
             return memoryview(b"")
-        if path not in self._maps:
-            self._maps[path] = map_file(path)
-        if start < 0 or length != size or start + size > self._maps[path].nbytes:
+        if path not in self._files:
+            try:
+                self._files[path] = OpenFile(os.open(path, os.O_RDONLY))
+            except OSError as error:
+                raise UnsupportedModel(f"{path}: cannot be read ({error.strerror}); check the file") from None
+        file = self._files[path]
+        held = file.size()
+        if start < 0 or length != size or start + size > held:
             raise UnsupportedModel(
                 f"{where} is {length} bytes at {start} of {location!r}; its shape needs {size} and the file has "
-                f"{self._maps[path].nbytes}; copy the file again"
+                f"{held}; copy the file again"
             )
-        return self._maps[path][start : start + size]
+        return Lazy(size, lambda: file.read(start, size))
 
 
 class Spool:
@@ -88,20 +93,50 @@ class Spool:
 
     def __init__(self) -> None:
         self._held = 0
-        self._file: IO[bytes] | None = None
+        self._file: OpenFile | None = None
 
-    def keep(self, payload: bytes) -> memoryview:
+    def keep(self, payload: bytes) -> Chunk:
         """The same bytes, wherever they are now."""
         self._held += len(payload)
         if self._held <= IN_MEMORY:
             return memoryview(payload)
         if self._file is None:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as the views of it
-        start = self._file.seek(0, os.SEEK_END)
-        start += self._file.write(bytes(-start % mmap.ALLOCATIONGRANULARITY))
-        self._file.write(payload)
-        self._file.flush()
-        return memoryview(mmap.mmap(self._file.fileno(), len(payload), access=mmap.ACCESS_READ, offset=start))
+            with tempfile.TemporaryFile() as unnamed:
+                self._file = OpenFile(os.dup(unnamed.fileno()))
+        file, start, size = self._file, self._file.append(payload), len(payload)
+        return Lazy(size, lambda: file.read(start, size))
+
+
+class OpenFile:
+    """A file that is read at any place; it stays whole when another takes its name."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __del__(self) -> None:
+        os.close(self._handle)
+
+    def size(self) -> int:
+        return os.fstat(self._handle).st_size
+
+    def append(self, payload: bytes) -> int:
+        """Write at the end; where it starts."""
+        start = os.lseek(self._handle, 0, os.SEEK_END)
+        rest = memoryview(payload)
+        while rest:
+            rest = rest[os.write(self._handle, rest) :]
+        return start
+
+    def read(self, start: int, size: int) -> bytearray:
+        """``size`` bytes from ``start`` on."""
+        data = bytearray(size)
+        rest = memoryview(data)
+        while rest:
+            got = os.preadv(self._handle, [rest], start + size - len(rest))
+            if not got:
+                raise UnsupportedModel("a file of external data was cut short while it was read; run again")
+            rest = rest[got:]
+        return data
 
 
 def write(path: Path, chunks: Iterable[Chunk]) -> None:

@@ -197,7 +197,8 @@ class Model:
             if found.nbytes < SMALL:
                 tensor.ClearField("data_location")
                 tensor.ClearField("external_data")
-                tensor.raw_data = found.tobytes()
+                (payload_bytes,) = wire.buffers([found])
+                tensor.raw_data = bytes(payload_bytes)
                 return [memoryview(tensor.SerializeToString())]
         else:
             return None

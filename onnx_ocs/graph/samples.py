@@ -1,5 +1,6 @@
 """Samples for the inputs of a model: read from files in batches, or generated from a seed."""
 
+import contextlib
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class Batch:
 
     feed: Feed
     labels: NDArray[np.integer] | None = None
+    count: int = 1  # samples in it
 
 
 def read_samples(path: Path, inputs: list[Input], batch: int = 32, limit: int | None = None) -> Iterator[Batch]:
@@ -73,13 +75,9 @@ def read_samples(path: Path, inputs: list[Input], batch: int = 32, limit: int | 
         for made in _batches(file, inputs, batch, left):
             yield made
             if left is not None:
-                left -= next(iter(made.feed.values())).shape[0] if made.feed and _counts(made) else 1
+                left -= made.count
                 if left <= 0:
                     return
-
-
-def _counts(made: Batch) -> bool:
-    return next(iter(made.feed.values())).ndim > 0
 
 
 def _files(path: Path) -> list[Path]:
@@ -154,30 +152,31 @@ class _arrays:
 
     def __init__(self, path: Path, inputs: list[Input]) -> None:
         self._path, self._inputs = path, inputs
-        self._open: list[Any] = []
+        self._streams: dict[str, _Stream] = {}
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> "_arrays":
-        self._streams: dict[str, _Stream] = {}
+        with contextlib.ExitStack() as opening:
+            self._enter(opening)
+            self._open = opening.pop_all()
+        return self
+
+    def _enter(self, opening: contextlib.ExitStack) -> None:
         if self._path.suffix == ".npz":
-            archive = zipfile.ZipFile(self._path)
-            self._open.append(archive)
+            archive = opening.enter_context(zipfile.ZipFile(self._path))
             for member in archive.namelist():
-                self._open.append(archive.open(member))
-                self._streams[member.removesuffix(".npy")] = _Stream(self._open[-1])
+                self._streams[member.removesuffix(".npy")] = _Stream(opening.enter_context(archive.open(member)))
         elif self._path.suffix == ".npy":
             if len(self._inputs) != 1:
                 raise BadSamples(
                     f"{self._path}: the model has {len(self._inputs)} inputs; give an .npz with all of them"
                 )
-            self._open.append(self._path.open("rb"))
-            self._streams[self._inputs[0].name] = _Stream(self._open[-1])
+            self._streams[self._inputs[0].name] = _Stream(opening.enter_context(self._path.open("rb")))
         else:
             raise BadSamples(f"{self._path}: samples are .npz, .npy, or a folder of them or of .pb files")
-        return self
 
     def __exit__(self, *_: object) -> None:
-        for file in reversed(self._open):
-            file.close()
+        self._open.close()
 
     def batches(self, batch: int, limit: int | None) -> Iterator[Batch]:
         lengths = {}
@@ -211,7 +210,7 @@ class _arrays:
             stream = self._streams[item.name]
             values = stream.take(number)
             feed[item.name] = values[0] if len(stream.shape) == len(item.shape) + 1 else values
-        return Batch(feed, labels.take(number) if labels is not None and len(labels.shape) == 1 else None)
+        return Batch(feed, labels.take(number) if labels is not None and len(labels.shape) == 1 else None, number)
 
 
 def _fit(path: Path, item: Input, dtype: np.dtype[Any], shape: tuple[int, ...], samples: bool = False) -> None:

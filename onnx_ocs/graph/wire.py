@@ -21,7 +21,7 @@ class Lazy:
     """``nbytes`` bytes that are made when they are written, so that no one holds them before or after."""
 
     nbytes: int
-    make: Callable[[], bytes]
+    make: Callable[[], bytes | bytearray | memoryview]
 
 
 Chunk = Buffer | Lazy

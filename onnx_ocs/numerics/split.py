@@ -156,29 +156,43 @@ def copies_per_row(peaks: NDArray[np.floating], extra: int, policy: str = "even"
     """
     outputs, channels = peaks.shape
     copies = np.ones(channels, np.int64)
-    shares = peaks.astype(np.float64)
+    parts = np.ones(channels, peaks.dtype)  # what each channel's largest magnitude is divided by
+    largest = peaks.max(axis=0)
+    divisors = _divisors(policy, extra + 1).astype(peaks.dtype)
+    shares = peaks.copy()
     rows = np.arange(outputs)
     top, first, second = _leaders(shares)
     for _ in range(extra):
-        then = peaks[rows, top] / np.array([divisor(int(n) + 1, policy) for n in copies])[top]
-        gain = np.bincount(top, first**2 - np.maximum(then, second) ** 2, minlength=channels)
+        then = peaks[rows, top] / divisors[copies[top]]
+        lowered = np.square(first, dtype=np.float64) - np.square(np.maximum(then, second), dtype=np.float64)
+        gain = np.bincount(top, lowered, minlength=channels)
         channel = int(np.argmax(gain))
         if not gain[channel] > 0:
-            channel = int(np.argmax(shares.max(axis=0)))
+            channel = int(np.argmax(largest / parts))
+        stale = (top == channel) | (shares[:, channel] >= second)
         copies[channel] += 1
-        shares[:, channel] = peaks[:, channel] / divisor(int(copies[channel]), policy)
-        stale = (top == channel) | (peaks[:, channel] / divisor(int(copies[channel]) - 1, policy) >= second)
+        parts[channel] = divisors[copies[channel] - 1]
+        shares[:, channel] = peaks[:, channel] / parts[channel]
         top[stale], first[stale], second[stale] = _leaders(shares[stale])
     return copies
 
 
-def _leaders(shares: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Of each row the channel with the largest share, that share, and the next largest."""
+def _divisors(policy: str, most: int) -> NDArray[np.int64]:
+    """(most,), for n copies from 1 on, what the largest magnitude is divided by with n copies: entry n - 1."""
+    return np.array([divisor(number, policy) for number in range(1, most + 1)])
+
+
+def _leaders(shares: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[Any]]:
+    """Of each row the channel with the largest share, that share, and the next; ``shares`` come back unchanged."""
+    rows = np.arange(len(shares))
     top = shares.argmax(axis=1)
-    first = np.take_along_axis(shares, top[:, None], 1)[:, 0]
+    first = shares[rows, top]
     if shares.shape[1] == 1:
         return top, first, np.zeros_like(first)
-    return top, first, np.partition(shares, -2, axis=1)[:, -2]
+    shares[rows, top] = -1
+    second = shares.max(axis=1)
+    shares[rows, top] = first
+    return top, first, second
 
 
 def expand(values: NDArray[Any], plan: SplitPlan, axis: int, step: NDArray[np.floating] | None = None) -> NDArray[Any]:

@@ -39,24 +39,32 @@ class Axes:
     groups_on_input: bool = False
 
 
-def channel_peaks(weight: NDArray[Any], axes: Axes) -> NDArray[np.float64]:
-    """(groups, outputs, inputs): the largest magnitude of each pair of channels; NaN and infinite values show."""
-    kept = {axes.input, axes.output}
-    others = tuple(axis for axis in range(weight.ndim) if axis not in kept)
-    highest, lowest = weight.max(axis=others, keepdims=True), weight.min(axis=others, keepdims=True)
-    peaks = np.maximum(np.abs(highest.astype(np.float64)), np.abs(lowest.astype(np.float64)))
-    outputs = 1 if axes.output is None else weight.shape[axes.output]
-    inputs = weight.shape[axes.input]
-    if axes.output is not None and axes.output > axes.input:
-        peaks = np.swapaxes(peaks, axes.input, axes.output)
-    peaks = peaks.reshape(outputs, inputs)
+def channel_peaks(weight: NDArray[Any], axes: Axes) -> NDArray[np.floating]:
+    """(groups, outputs, inputs): the largest magnitude of each pair of channels; NaN and infinite values show.
+
+    In float32, or float64 where the weight is, which hold each magnitude exactly.
+    """
+    kind = np.float64 if weight.dtype == np.float64 else np.float32
+    order = [axes.input] if axes.output is None else [axes.output, axes.input]
+    first, *rest = np.moveaxis(weight, order, range(-len(order), 0)).reshape(
+        -1, *(weight.shape[axis] for axis in order)
+    )
+    peaks = np.abs(first).astype(kind, copy=False)
+    for values in rest:
+        np.maximum(peaks, np.abs(values), out=peaks)
+    peaks = peaks.reshape(-1, weight.shape[axes.input])
     if axes.groups_on_input:
-        return np.ascontiguousarray(peaks.reshape(outputs, axes.groups, -1).swapaxes(0, 1))
-    return peaks.reshape(axes.groups, -1, inputs)
+        return np.ascontiguousarray(peaks.reshape(len(peaks), axes.groups, -1).swapaxes(0, 1))
+    return peaks.reshape(axes.groups, -1, peaks.shape[1])
+
+
+def largest(weight: NDArray[Any]) -> float:
+    """The largest magnitude; NaN or infinite where a value is."""
+    return float(np.maximum(weight.max(), -weight.min()))
 
 
 def choose_splits(
-    peaks: NDArray[np.float64], ratio: float, per_channel: bool, policy: str, groups_on_input: bool = False
+    peaks: NDArray[np.floating], ratio: float, per_channel: bool, policy: str, groups_on_input: bool = False
 ) -> tuple[SplitPlan, ...]:
     """A plan for each group, with ``ceil(ratio * inputs)`` extra channels each (Zhao et al., Section 3.4).
 
@@ -68,7 +76,7 @@ def choose_splits(
     return (joined(plans),) if groups_on_input else tuple(plans)
 
 
-def _copies_of_all(peaks: NDArray[np.float64], extra: int, policy: str) -> NDArray[np.int64]:
+def _copies_of_all(peaks: NDArray[np.floating], extra: int, policy: str) -> NDArray[np.int64]:
     return copies_per_tensor(peaks.max(axis=0), extra, policy)
 
 
@@ -110,10 +118,12 @@ def choose_threshold(
 
 
 def _largest_shares(
-    peaks: NDArray[np.float64], plans: tuple[SplitPlan, ...], axes: Axes, per_channel: bool
+    peaks: NDArray[np.floating], plans: tuple[SplitPlan, ...], axes: Axes, per_channel: bool
 ) -> NDArray[np.float64]:
     widening = np.concatenate([plan.widening for plan in plans]).reshape(-1, 1, peaks.shape[2])
-    shares: NDArray[np.float64] = (peaks / widening).max(axis=2)
+    shares = np.empty(peaks.shape[:2])
+    for piece in pieces(peaks, axis=1):
+        shares[piece] = (peaks[piece] / widening).max(axis=2)
     if not per_channel:
         return shares.max()
     return shares.max(axis=0) if axes.groups_on_input else shares.reshape(-1)

@@ -8,7 +8,7 @@ import numpy as np
 
 from onnx_ocs.errors import UnsupportedModel
 from onnx_ocs.graph.layers import Layer
-from onnx_ocs.numerics.weights import channel_peaks
+from onnx_ocs.numerics.weights import largest
 from onnx_ocs.passes.base import LayerPlan, Work, is_first
 
 
@@ -32,7 +32,7 @@ class SelectLayers:
             return replace(plan, declined=True, reason=reason)
         if self.first == "float" and is_first(plan):
             return replace(plan, declined=True, reason="a first layer, left float (--first float)")
-        peak = channel_peaks(work.values(plan), plan.axes).max()
+        peak = largest(work.values(plan))
         if not np.isfinite(peak):
             raise UnsupportedModel(
                 f"{work.editor.model.name}: the weight {layer.weight.tensor.name!r} of node {layer.name!r} holds NaN "

@@ -46,8 +46,9 @@ class SplitWeights:
         itemsize = numpy_type(plan.layer.weight.data_type).itemsize
         step = plan.step if self.aware else None
 
-        def make() -> bytes:
-            return np.ascontiguousarray(split_floats(work.values(plan), plan.splits, plan.axes, step)).tobytes()
+        def make() -> memoryview:
+            shares = np.ascontiguousarray(split_floats(work.values(plan), plan.splits, plan.axes, step))
+            return shares.reshape(-1).view(np.uint8).data
 
         lazy = Lazy(int(np.prod(shape)) * itemsize, make)
         return work.editor.model.tensor("", plan.layer.weight.data_type, tuple(shape), lazy)

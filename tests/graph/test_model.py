@@ -412,7 +412,9 @@ def refused(path, match=None):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\x00", b"not a model\n", b"\x08\x0a", b"\x80" * 40, b"PK\x03\x04" * 9])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"\x00", b"not a model\n", b"\x08\x0a", b"\x80" * 40, b"PK\x03\x04" * 9]
+)
 def test_a_file_that_is_no_model_is_refused(content, tmp_path):
     if content is not None:
         (tmp_path / "m.onnx").write_bytes(content)
