@@ -210,7 +210,7 @@ def _compare(request: Request, where: Path) -> Comparison:
                     difference.add(values, results[name], batch.labels, request.atol, request.rtol)
                 except (ValueError, KeyError) as error:
                     raise RuntimeFailed(f"the {stage} model: {error}") from None
-        samples += max([1, *(values.shape[0] for values in batch.feed.values() if values.ndim)])
+        samples += batch.count
     if not samples and request.count:
         raise BadSamples(f"{request.samples}: there are no samples in it, or fewer than the model takes at once")
     stages = {stage: [difference.summary() for difference in by_name.values()] for stage, by_name in found.items()}
@@ -234,13 +234,12 @@ def _batches(request: Request, reference: Session, where: Path) -> Iterator[Batc
     where.write_text(f"running {request.reference} on generated samples")
     guess = _working_guess(request, reference)
     rng = np.random.default_rng(request.seed)
-    made = 0
+    made, free = 0, _free_batch(reference.inputs)
     while made < request.count:
         feed = generate(reference.inputs, guess, request.bounds, rng)
-        yield Batch(feed)
-        made += max(
-            [1, *(values.shape[0] for values in feed.values() if values.ndim and _free_batch(reference.inputs))]
-        )
+        count = max([1, *(values.shape[0] for values in feed.values() if values.ndim)] if free else [1])
+        yield Batch(feed, count=count)
+        made += count
 
 
 def _free_batch(inputs: list[Input]) -> bool:
