@@ -234,6 +234,7 @@ class Guess:
     size: int  # for the others
     integers: int  # exclusive upper bound of integers that index nothing known
     positive: bool = False
+    inner: bool = False  # the only free dimension of an input is that of the batch, as in (layers, N, hidden)
 
 
 GUESSES = (
@@ -249,6 +250,8 @@ GUESSES = (
     Guess(4, 4, 4, positive=True),
     Guess(1, 256, 2),
     Guess(1, 512, 2, positive=True),
+    Guess(1, 224, 2, inner=True),
+    Guess(1, 512, 2, inner=True),
 )
 """Tried in this order until the model runs and its outputs are finite."""
 
@@ -270,7 +273,8 @@ def generate(inputs: list[Input], guess: Guess, bounds: dict[str, int], rng: np.
             if isinstance(size, int) and size >= 0:
                 shape.append(size)
             else:
-                free = guess.batch if axis == 0 else guess.size
+                alone = sum(not isinstance(other, int) or other < 0 for other in item.shape) == 1
+                free = guess.batch if axis == 0 or (guess.inner and alone) else guess.size
                 shape.append(sizes.setdefault(size, free) if isinstance(size, str) else free)
         feed[item.name] = _values(item, tuple(shape), guess, bounds.get(item.name), rng)
     return feed

@@ -168,9 +168,9 @@ def test_what_something_still_reads_stays(more, outputs, kept, weights):
 
 @pytest.mark.parametrize("read", ["i", "t", "w"])
 def test_what_a_body_reads_stays(read):
-    body = f"() => (float[A,B] p) {{ p = Neg({read}) }}"
-    more = f"c = Constant <value = bool {{1}}> () z = If (c) <then_branch = yes {body}, else_branch = no {body}>"
-    after = cut(more.replace("else_branch = no () => (float[A,B] p) { p", "else_branch = no () => (float[A,B] q) { q"))
+    after = cut(f"""c = Constant <value = bool {{1}}> ()
+    z = If (c) <then_branch = yes () => (float[A,B] p) {{ p = Neg({read}) }},
+                else_branch = no () => (float[A,B] q) {{ q = Neg({read}) }}>""")
     kept = {"i": ["Transpose", "Identity"], "t": ["Transpose"], "w": []}[read]
     assert operators(after.graph) == [*kept, "Add", "Constant", "If"]
     assert constants(after.graph) == ["w", "new"]
@@ -178,7 +178,8 @@ def test_what_a_body_reads_stays(read):
 
 def test_what_only_one_branch_reads_stays():
     more = """c = Constant <value = bool {1}> ()
-    z = If (c) <then_branch = yes () => (float[2,3] p) { p = Identity(x) }, else_branch = no () => (float[2,3] q) { q = Neg(i) }>"""
+    z = If (c) <then_branch = yes () => (float[2,3] p) { p = Identity(x) },
+                 else_branch = no () => (float[2,3] q) { q = Neg(i) }>"""
     after = cut(more, "float[2,3] y, float[2,3] z")
     assert operators(after.graph) == ["Transpose", "Identity", "Add", "Constant", "If"]
 
@@ -195,7 +196,8 @@ def test_what_was_made_in_vain_leaves_no_constant():
 
 def test_a_node_with_two_outputs_stays_while_one_is_read():
     editor = editor_of(
-        f"{HEAD} g (float[4] x) => (float[2] y, float[2] z) {{ a, b = Split<num_outputs=2>(x) [m] y = Neg(a) z = Neg(b) }}"
+        f"""{HEAD} g (float[4] x) => (float[2] y, float[2] z) {{
+        a, b = Split <num_outputs = 2> (x) [m] y = Neg(a) z = Neg(b) }}"""
     )
     scope, node = node_of(editor, "m")
     editor.rewire(node, 0, editor.constant(scope, "new", np.ones(2, np.float32)))
@@ -315,7 +317,7 @@ def test_a_constant_of_an_outer_graph_may_be_read_inside():
     after = committed(editor)
     assert constants(after.graph) == ["w", "new"]
     x = np.ones((2, 3), np.float32)
-    np.testing.assert_array_equal(run(after, x, np.array(True))[0], (x + [1, 2, 3]) * [5, 6, 7])
+    np.testing.assert_array_equal(run(after, x, np.array(True))[0], (x + np.array([1, 2, 3])) * [5, 6, 7])
 
 
 def test_a_large_constant_reaches_body_and_function(rng):

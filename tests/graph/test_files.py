@@ -182,9 +182,13 @@ def test_publishing_onto_a_folder_is_told(tmp_path):
 
 
 def test_a_workplace_is_cleaned_up_after_an_error(tmp_path):
-    with pytest.raises(ValueError, match="a bug"), files.workplace(tmp_path / "m.onnx") as folder:
-        (folder / "half").write_bytes(b"x")
-        raise ValueError("a bug")
+    def fails():
+        with files.workplace(tmp_path / "m.onnx") as folder:
+            (folder / "half").write_bytes(b"x")
+            raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        fails()
     assert listed(tmp_path) == []
 
 

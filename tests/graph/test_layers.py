@@ -37,7 +37,8 @@ ROWS = {
     "Gemm left": ("g (float[8,3] x, float[6,8] w) => (float y) { y = Gemm(w, x) }", 8, 8, 6, 1),
     "Gemm left transA": ("g (float[8,3] x, float[8,6] w) => (float y) { y = Gemm <transA=1> (w, x) }", 8, 8, 6, 1),
     "Gemm left transB": ("g (float[3,8] x, float[6,8] w) => (float y) { y = Gemm <transB=1> (w, x) }", 8, 8, 6, 1),
-    "Gemm left both": ("g (float[3,8] x, float[8,6] w) => (float y) { y = Gemm <transA=1, transB=1> (w, x) }", 8, 8, 6, 1),
+    "Gemm left both": (
+        "g (float[3,8] x, float[8,6] w) => (float y) { y = Gemm <transA=1, transB=1> (w, x) }", 8, 8, 6, 1),
     "MatMul": ("g (float[2,3,8] x, float[8,6] w) => (float y) { y = MatMul(x, w) }", 8, 8, 6, 1),
     "MatMul batched": ("g (float[2,3,8] x, float[2,8,6] w) => (float y) { y = MatMul(x, w) }", 8, 8, 6, 1),
     "MatMul left": ("g (float[2,8,3] x, float[6,8] w) => (float y) { y = MatMul(w, x) }", 8, 8, 6, 1),
@@ -50,15 +51,19 @@ ROWS = {
 }  # fmt: skip
 
 CONSTANTS = {
-    "Constant node": "(float[3,8] x) => (float y) { w = Constant <value = float[8,2] {%s}> () y = MatMul(x, w) }"
-    % ", ".join("1" * 16),
+    "Constant node": """(float[3,8] x) => (float y) {
+        w = Constant <value = float[8,2] {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}> ()
+        y = MatMul(x, w) }""",
     "Identity": "(float[3,8] x, float[8,6] w) => (float y) { i = Identity(w) y = MatMul(x, i) }",
     "Transpose": "(float[3,8] x, float[6,8] w) => (float y) { i = Transpose(w) y = MatMul(x, i) }",
     "Transpose of three": """(float[3,8] x, float[6,5,8] w) => (float y) {
         i = Transpose <perm = [1, 2, 0]> (w) y = MatMul(x, i) }""",
-    "Reshape": "(float[3,8] x, float[2,4,6] w) => (float y) { s = Constant <value_ints = [8, -1]> () i = Reshape(w, s) y = MatMul(x, i) }",
-    "Reshape that copies": "(float[3,8] x, float[8,2,3] w) => (float y) { s = Constant <value_ints = [0, 6]> () i = Reshape(w, s) y = MatMul(x, i) }",
-    "Reshape to an initializer": "(float[3,8] x, float[2,4,6] w) => (float y) <int64[2] s = {8, 6}> { i = Reshape(w, s) y = MatMul(x, i) }",
+    "Reshape": """(float[3,8] x, float[2,4,6] w) => (float y) {
+        s = Constant <value_ints = [8, -1]> () i = Reshape(w, s) y = MatMul(x, i) }""",
+    "Reshape that copies": """(float[3,8] x, float[8,2,3] w) => (float y) {
+        s = Constant <value_ints = [0, 6]> () i = Reshape(w, s) y = MatMul(x, i) }""",
+    "Reshape to an initializer": """(float[3,8] x, float[2,4,6] w) => (float y) <int64[2] s = {8, 6}> {
+        i = Reshape(w, s) y = MatMul(x, i) }""",
     "Cast": "(float[3,8] x, float16[8,6] w) => (float y) { i = Cast <to = 1> (w) y = MatMul(x, i) }",
     "all of them": """(double[3,8] x, float[2,3,8] w) => (double y) {
         s = Constant <value_ints = [6, 8]> () i = Identity(w) r = Reshape(i, s) t = Transpose(r)
@@ -121,8 +126,10 @@ def test_the_axes_hold_as_many_channels_as_the_operator_says(row):
 
 
 GROUPED = {
-    "ConvTranspose grouped": ("g (float[1,12,5,5] x, float[12,3,3,3] w) => (float y) { y = ConvTranspose<group=2>(x, w) }", 12, 12, 3),
-    "ConvTranspose in pairs": ("g (float[1,8,5,5] x, float[8,1,3,3] w) => (float y) { y = ConvTranspose<group=4>(x, w) }", 8, 8, 1),
+    "ConvTranspose grouped": (
+        "g (float[1,12,5,5] x, float[12,3,3,3] w) => (float y) { y = ConvTranspose<group=2>(x, w) }", 12, 12, 3),
+    "ConvTranspose in pairs": (
+        "g (float[1,8,5,5] x, float[8,1,3,3] w) => (float y) { y = ConvTranspose<group=4>(x, w) }", 8, 8, 1),
 }  # fmt: skip
 
 
@@ -383,6 +390,7 @@ def test_a_constant_of_a_body_that_hides_an_outer_one_is_declined():
 
 def test_an_old_models_weight_listed_as_input_is_a_weight():
     model = onnx.parser.parse_model("""<ir_version: 3, opset_import: ["" : 9]>
-    g (float[2,3] x, float[3,3] w) => (float[2,3] y) <float[3,3] w = {1, 2, 3, 4, 5, 6, 7, 8, 9}> { y = MatMul(x, w) }""")
+    g (float[2,3] x, float[3,3] w) => (float[2,3] y) <float[3,3] w = {1, 2, 3, 4, 5, 6, 7, 8, 9}> {
+      y = MatMul(x, w) }""")
     editor, layer = layer_of(model)
     np.testing.assert_array_equal(layer.weight.read(editor.model), np.arange(1, 10).reshape(3, 3))

@@ -141,7 +141,8 @@ def typed_fields():
             TENSOR.INT32: -np.arange(count), TENSOR.UINT64: np.arange(count), TENSOR.FLOAT16: np.arange(count) % 7,
             TENSOR.INT8: np.arange(count) % 7, TENSOR.BOOL: np.arange(count) % 2, TENSOR.BFLOAT16: np.ones(count),
             TENSOR.COMPLEX64: np.arange(count) * 1j, TENSOR.COMPLEX128: np.arange(count) * 1j,
-            TENSOR.FLOAT8E4M3FNUZ: np.ones(count), TENSOR.INT4: np.arange(count) % 7, TENSOR.UINT4: np.arange(count) % 7,
+            TENSOR.FLOAT8E4M3FNUZ: np.ones(count), TENSOR.INT4: np.arange(count) % 7,
+            TENSOR.UINT4: np.arange(count) % 7,
         }  # fmt: skip
         for kind, values in rows.items():
             model.graph.initializer.append(onnx.helper.make_tensor(f"{kind}.{count}", kind, [count], values.tolist()))
@@ -541,7 +542,7 @@ def test_external_data_that_is_too_short_is_refused(content, outside):
 
 def test_external_data_that_is_empty_is_refused(outside):
     (outside.parent / "in.data").write_bytes(b"")
-    with pytest.raises(UnsupportedModel, match="in.data"):
+    with pytest.raises(UnsupportedModel, match=r"in\.data"):
         Model.load(outside)
 
 

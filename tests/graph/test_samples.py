@@ -215,7 +215,11 @@ def test_a_tensor_of_test_data_that_does_not_fit_is_told(array, tmp_path):
     refused(tmp_path, IMAGE, match=r"input_0\.pb.*'x' takes")
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x93NUMPY", b"\x93NUMPY\x01\x00\xff\xff{", b"text" * 99])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"PK\x03\x04", b"\x93NUMPY", b"\x93NUMPY\x01\x00\xff\xff{", b"text" * 99],
+    ids=["empty", "zip", "npy", "header", "text"],
+)
 @pytest.mark.parametrize("suffix", ["npy", "npz"])
 def test_a_damaged_file_is_told(suffix, content, tmp_path):
     (tmp_path / f"s.{suffix}").write_bytes(content)
