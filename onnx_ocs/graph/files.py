@@ -58,7 +58,7 @@ class ExternalData:
         if self._folder is None:
             raise UnsupportedModel(f"{where} has no folder to be looked up in; give the path of the model instead")
         path = self._folder / location
-        if not location or Path(location).is_absolute() or not path.resolve().is_relative_to(self._folder):
+        if not location or Path(location).is_absolute() or not _inside(path, self._folder):
             raise UnsupportedModel(
                 f"{where} is at {location!r}, outside of the model's folder; move the file beside the model"
             )
@@ -86,6 +86,14 @@ class ExternalData:
                 f"{held}; copy the file again"
             )
         return Lazy(size, lambda: file.read(start, size))
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    """Whether ``path``, its links followed, lies in ``folder``."""
+    try:
+        return path.resolve().is_relative_to(folder)
+    except (OSError, ValueError, RuntimeError):  # a name that is too long, holds a zero byte, or links to itself
+        return False
 
 
 class Spool:

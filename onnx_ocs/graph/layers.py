@@ -226,7 +226,7 @@ def _weight_side(place: Place, at_least: int) -> tuple[int, Weight]:
     if len(constant) == 2:
         raise Refused("both operands are constants; fold them first")
     if not constant:
-        known = [why for why in found if why == "already quantized"]
+        known = [str(why) for why in found if not any(words in str(why) for words in ("run time", "input of the"))]
         raise Refused(known[0] if known else "it multiplies two values that are computed at run time")
     return constant[0], _weight(place, constant[0], at_least)
 

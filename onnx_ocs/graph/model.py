@@ -178,21 +178,22 @@ class Model:
 
     def _detach(self, data: wire.Buffer) -> wire.Chunks | None:
         """A tensor of the source with a reference in place of its payload; None where it is small."""
-        payload = next((item for item in wire.fields(data) if item.is_payload and item.stop - item.body >= SMALL), None)
-        if payload is None and data.nbytes >= 4 * SMALL:
+        parts = list(wire.fields(data))
+        payload = next((item for item in parts if item.is_payload and item.stop - item.body >= SMALL), None)
+        if payload is None and data.nbytes >= 4 * SMALL and all(item.number != wire.EXTERNAL_DATA for item in parts):
             return None  # values in a field of numbers, which only protobuf can read
         head = data[: payload.start].tobytes() + data[payload.stop :].tobytes() if payload else data.tobytes()
         tensor = onnx.TensorProto.FromString(head)
         if payload is not None:
             blob = Blob(data[payload.body : payload.stop], payload.number, data)
-            expected = stored_size(tensor)
+            expected = self._stored_size(tensor)
             if blob.payload.nbytes != expected:
                 raise UnsupportedModel(
                     f"{self.name}: tensor {tensor.name!r} has {blob.payload.nbytes} bytes where its shape "
                     f"{list(tensor.dims)} needs {expected}; export the model again"
                 )
         elif tensor.data_location == onnx.TensorProto.EXTERNAL:
-            found = self._external.find(tensor, stored_size(tensor))
+            found = self._external.find(tensor, self._stored_size(tensor))
             blob = Blob(found)
             if found.nbytes < SMALL:
                 tensor.ClearField("data_location")
@@ -204,6 +205,12 @@ class Model:
             return None
         self._refer(tensor, blob)
         return [memoryview(tensor.SerializeToString())]
+
+    def _stored_size(self, tensor: onnx.TensorProto) -> int:
+        try:
+            return stored_size(tensor)
+        except UnsupportedModel as error:
+            raise UnsupportedModel(f"{self.name}: {error} (tensor {tensor.name!r})") from None
 
     def _embed(self, data: wire.Buffer) -> wire.Chunks | None:
         """A tensor of the skeleton with its payload inside."""

@@ -13,6 +13,9 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 RAW_DATA, FLOAT_DATA, DOUBLE_DATA = 9, 4, 10
 """Fields of ``TensorProto`` whose bytes are the values themselves, little-endian."""
 
+EXTERNAL_DATA = 13
+"""The field of ``TensorProto`` that says where its values are."""
+
 Buffer = memoryview
 
 

@@ -64,10 +64,9 @@ class Difference:
             return
         first, second = reference.astype(np.float64), candidate.astype(np.float64)
         finite = np.isfinite(first)
-        same = finite == np.isfinite(second)
-        same |= ~finite & ((first == second) | (np.isnan(first) & np.isnan(second)))
-        self.nonfinite += int(np.count_nonzero(finite & ~np.isfinite(second))) + int(np.count_nonzero(~finite & ~same))
         both = finite & np.isfinite(second)
+        same = both | (first == second) | (np.isnan(first) & np.isnan(second))
+        self.nonfinite += int(np.count_nonzero(~same))
         first, second = np.where(both, first, 0.0), np.where(both, second, 0.0)
         error = np.abs(second - first)
         magnitude = np.abs(first)

@@ -1,0 +1,118 @@
+"""A layer's weight: peaks, thresholds and integers against loops."""
+
+import numpy as np
+import pytest
+
+from onnx_ocs.numerics.grid import CHUNK, Grid
+from onnx_ocs.numerics.split import extra_channels
+from onnx_ocs.numerics.weights import (
+    Axes,
+    channel_peaks,
+    choose_splits,
+    choose_threshold,
+    recombination_error,
+    split_floats,
+    split_integers,
+)
+
+SHAPES = {
+    "Conv": ((6, 8, 3, 3), Axes(1, 0)),
+    "Conv grouped": ((6, 4, 3), Axes(1, 0, 3)),
+    "Conv depthwise": ((6, 1, 3), Axes(1, 0, 6)),
+    "ConvTranspose": ((8, 6, 2), Axes(0, 1)),
+    "ConvTranspose grouped": ((8, 3, 2), Axes(0, 1, 2, True)),
+    "MatMul": ((8, 6), Axes(0, 1)),
+    "MatMul batched": ((2, 8, 6), Axes(1, 2)),
+    "vector": ((8,), Axes(0, None)),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_peaks_are_the_largest_magnitudes(name, dtype, rng):
+    shape, axes = SHAPES[name]
+    weight = rng.standard_normal(shape).astype(dtype)
+    peaks = channel_peaks(weight, axes)
+    wanted = np.zeros((1 if axes.output is None else shape[axes.output], shape[axes.input]))
+    for index in np.ndindex(shape):
+        row = 0 if axes.output is None else index[axes.output]
+        wanted[row, index[axes.input]] = max(wanted[row, index[axes.input]], abs(float(weight[index])))
+    if axes.groups_on_input:
+        wanted = np.stack(np.split(wanted, axes.groups, axis=1))
+    else:
+        wanted = wanted.reshape(axes.groups, -1, wanted.shape[1])
+    np.testing.assert_array_equal(peaks, wanted)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_show_in_the_peaks(value):
+    weight = np.ones((3, 4, 2), np.float32)
+    weight[1, 2, 1] = value
+    peaks = channel_peaks(weight, Axes(1, 0))
+    assert not np.isfinite(peaks[0, 1, 2])
+    assert np.isfinite(peaks).sum() == 11
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if "depthwise" not in name])
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("policy", ["even", "halving"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_copies_sum_to_the_nearest_integer(name, per_channel, policy, bits, rng):
+    shape, axes = SHAPES[name]
+    weight = (rng.standard_normal(shape) ** 3).astype(np.float32)
+    per_channel = per_channel and axes.output is not None
+    peaks = channel_peaks(weight, axes)
+    plans = choose_splits(peaks, 0.5, per_channel, policy, axes.groups_on_input)
+    per_group = extra_channels(0.5, peaks.shape[2])
+    assert sum(plan.extra for plan in plans) == per_group * axes.groups
+    threshold = choose_threshold(weight, plans, axes, per_channel, "none", bits)
+    shares = split_floats(weight, plans, axes, None)
+    others = tuple(axis for axis in range(weight.ndim) if not per_channel or axis != axes.output)
+    np.testing.assert_allclose(threshold, np.abs(shares).max(axis=others), rtol=1e-6)
+    step = Grid(bits).step(threshold)
+    integers, _ = split_integers(weight, plans, axes, step, bits, aware=True)
+    assert np.abs(integers.astype(int)).max() <= Grid(bits).levels
+    wide = step.astype(np.float64)
+    if per_channel:
+        wide = wide.reshape([-1 if axis == axes.output else 1 for axis in range(weight.ndim)])
+    wanted = np.floor(weight.astype(np.float64) / wide + 0.5)
+    cut = len(plans) if not axes.groups_on_input else 1
+    for plan, parts, whole in zip(
+        plans, np.split(integers, cut, axes.output or 0), np.split(wanted, cut, axes.output or 0), strict=True
+    ):
+        total = np.zeros_like(whole)
+        np.add.at(np.moveaxis(total, axes.input, 0), plan.source, np.moveaxis(parts.astype(float), axes.input, 0))
+        np.testing.assert_array_equal(total, whole)
+    assert recombination_error(weight, plans, axes, step) < 1e-6
+
+
+@pytest.mark.parametrize("aware", [True, False])
+def test_a_large_weight_is_worked_on_in_pieces_to_the_same_integers(aware, rng):
+    weight = rng.standard_normal((40, CHUNK // 20)).astype(np.float32)
+    axes = Axes(1, 0)
+    plans = choose_splits(channel_peaks(weight, axes), 0.001, True, "even")
+    step = Grid(5).step(choose_threshold(weight, plans, axes, True, "none", 5))
+    integers, sqnr = split_integers(weight, plans, axes, step, 5, aware)
+    rows = [split_integers(weight[i : i + 1], plans, axes, step[i : i + 1], 5, aware)[0] for i in range(40)]
+    np.testing.assert_array_equal(integers, np.concatenate(rows))
+    assert 20 < sqnr < 40
+
+
+def test_zero_rows_get_a_positive_step_and_zero_integers():
+    weight = np.zeros((3, 4), np.float32)
+    weight[1] = 1
+    axes = Axes(1, 0)
+    plans = choose_splits(channel_peaks(weight, axes), 0.5, True, "even")
+    step = Grid(4).step(choose_threshold(weight, plans, axes, True, "none", 4))
+    assert (step > 0).all()
+    integers, _ = split_integers(weight, plans, axes, step, 4, True)
+    assert not integers[[0, 2]].any()
+
+
+def test_naive_shares_are_rounded_one_by_one():
+    weight = np.array([[3.0, 1.0]], np.float32)
+    plans = choose_splits(channel_peaks(weight, Axes(1, 0)), 0.5, False, "even")
+    integers, _ = split_integers(weight, plans, Axes(1, 0), np.float32(1), 3, aware=False)
+    np.testing.assert_array_equal(integers, [[2, 1, 2]])  # 1.5 and 1.5, each rounded up
+    exact, _ = split_integers(weight, plans, Axes(1, 0), np.float32(1), 3, aware=True)
+    np.testing.assert_array_equal(exact, [[1, 1, 2]])
