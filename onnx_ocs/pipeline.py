@@ -30,6 +30,9 @@ from onnx_ocs.passes.split_weights import SplitWeights
 from onnx_ocs.recipe import Recipe
 from onnx_ocs.report import layer_rows, overhead, stage_summary
 
+LOW_SQNR = 10.0
+"""Below this many dB the report says that the result may be of little use."""
+
 Source = str | Path | onnx.ModelProto
 Progress = Callable[[str], None]
 
@@ -134,6 +137,10 @@ def _transform(run: Run) -> Outcome:
         with run.timed("quantize"):
             work.plans = QuantizeWeights(aware=aware).apply(work)
             work.editor.commit()
+    for name in work.editor.lost_inputs:
+        run.notes.append(
+            f"{name!r} was a weight that callers could replace; now it is a constant, and no input any more"
+        )
     _sign(model, recipe)
     if not recipe.verify:
         return _finish(run, model, work, declined, size)
@@ -242,6 +249,10 @@ def _verify(run: Run, model: Model, work: Work, stages: dict[str, Path]) -> dict
         if reason is not None:
             raise VerificationFailed(f"the {stage} model does not pass: {reason}; nothing was written")
         found[stage] = {**stage_summary(comparison, stage), "passed": True}
+        lowest = found[stage]["sqnr_db"]
+        if stage == "quantized" and comparison.deterministic and lowest is not None and lowest < LOW_SQNR:
+            advice = "more bits or a larger ratio, or real samples (--inputs)" if comparison.generated else "more bits"
+            run.notes.append(f"an output has less than {LOW_SQNR:g} dB SQNR; {advice} may show a better one")
     if "split" in found:
         found["split"]["tolerance"] = tolerance
     return found

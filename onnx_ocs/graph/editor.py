@@ -86,6 +86,7 @@ class Editor:
         self.proto = onnx.ModelProto()
         self.proto.CopyFrom(model.proto)
         self.scopes: list[Scope] = []
+        self.lost_inputs: list[str] = []  # inputs whose default value was a weight that is gone
         self._names: set[str] = set()
         self._gathers: dict[tuple[int, str, int, bytes], gs.Variable] = {}
         graph = gs.import_onnx(self.proto)
@@ -244,6 +245,9 @@ class Editor:
     def commit(self) -> None:
         """Put the edits into the model's proto; without edits it stays as it was, byte by byte."""
         grown = any(scope.added for scope in self.scopes)
+        if self.proto.ir_version >= CONSTANTS_ARE_NOT_INPUTS:
+            gone = self.scopes[0].dropped
+            self.lost_inputs += [value.name for value in self.proto.graph.input if value.name in gone]
         for scope in self.scopes:
             _patch(scope)
         if grown and self.proto.ir_version < CONSTANTS_ARE_NOT_INPUTS:

@@ -205,7 +205,7 @@ SAWB = {
     5: (16.934, 17.818),
     6: (22.197, 24.023),
     7: (27.573, 30.398),
-    8: (32.871, 36.693),
+    8: (33.014, 36.869),
 }
 """c1 and c2 of each number of bits, for a symmetric grid of 2^b - 1 points that rounds to nearest (see ``sawb``)."""
 

@@ -33,6 +33,9 @@ def test_values_that_are_finite_on_one_side_only_are_counted():
     difference = Difference("y")
     difference.add(np.array([1.0, np.nan, np.inf, 2.0]), np.array([np.nan, np.nan, -np.inf, 2.0]))
     assert difference.nonfinite == 2
+    same = Difference("y")
+    same.add(np.array([np.inf, -np.inf, np.nan]), np.array([np.inf, -np.inf, np.nan]))
+    assert same.nonfinite == 0
 
 
 def test_values_beyond_the_tolerance_are_counted():

@@ -157,6 +157,14 @@ def test_a_weight_that_is_also_an_output_stays():
     np.testing.assert_array_equal(constants(after)["w"], constants(model)["w"])
 
 
+def test_a_weight_that_is_also_an_input_becomes_a_constant_and_is_said_so():
+    model = row_model("MatMul")
+    model.graph.input.append(onnx.helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, [8, 6]))
+    result = quantize(model, ratio=0.2, first="same")
+    assert [value.name for value in result.model.graph.input] == ["x"]
+    assert any("'w' was a weight that callers could replace" in note for note in result.report["notes"])
+
+
 @pytest.mark.parametrize("zero", ["all", "channel"])
 def test_zero_weights_get_positive_scales(zero):
     model = row_model("Conv 2-D")
