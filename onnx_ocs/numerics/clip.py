@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +23,11 @@ Method = Callable[[Histogram, int, float], Thresholds]  # histograms, bits, para
 CANDIDATES = 100
 """``mse`` and ``kl`` try this many even parts of the peak."""
 
-ROWS = 128
-"""Rows that ``kl`` works on at a time, so that its temporaries stay small."""
+ROWS = 16
+"""Rows that ``kl`` works on at a time, so that its temporaries stay in the cache."""
+
+PART = 1e-4
+"""Of a count, that ``kl`` moves into each empty bin."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,9 @@ def thresholds(seen: Histogram, clip: str, bits: int) -> Thresholds:
         ValueError: ``clip`` is no method.
     """
     choose, parameter = parse_clip(clip)
-    return np.clip(choose(seen, bits, parameter), seen.peak / seen.bins, seen.peak)
+    with np.errstate(over="ignore", under="ignore"):  # what lies beyond float64 is beyond the bounds as well
+        chosen = choose(seen, bits, parameter)
+    return np.clip(chosen, np.minimum(seen.peak, np.finfo(np.float64).smallest_subnormal), seen.peak)
 
 
 @clip_method("none")
@@ -169,33 +175,48 @@ def least_divergence(seen: Histogram, bits: int, parameter: float) -> Thresholds
     best = np.empty(len(seen.peak), np.int64)
     for start in range(0, len(best), ROWS):
         counts = seen.counts[start : start + ROWS]
-        divergences = np.stack([_divergence(counts, int(length), parts) for length in lengths])
+        below, filled = _running(counts), _running(counts > 0)
+        divergences = np.stack([_divergence(counts, below, filled, int(length), parts) for length in lengths])
         best[start : start + ROWS] = lengths[divergences.argmin(axis=0)]
-    return seen.peak * best / seen.bins
+    return seen.peak * (best / seen.bins)
 
 
-def _divergence(counts: NDArray[np.float64], length: int, parts: int) -> NDArray[np.float64]:
-    """(rows,), KL of the first ``length`` bins, with the rest in the last of them, from their merger into ``parts``."""
-    clipped = counts[:, :length].copy()
-    clipped[:, -1] += counts[:, length:].sum(axis=1)
-    starts = np.arange(parts) * length // parts
-    widths = np.diff(np.append(starts, length))
-    filled = clipped > 0
-    merged = np.add.reduceat(counts[:, :length], starts, axis=1)
-    merged /= np.maximum(np.add.reduceat(filled, starts, axis=1, dtype=np.float64), 1)
-    spread = np.repeat(merged, widths, axis=1) * filled
-    p, q = _smoothed(clipped), _smoothed(spread)
-    p /= p.sum(axis=1, keepdims=True)
-    q /= q.sum(axis=1, keepdims=True)
-    return np.einsum("ij,ij->i", p, np.log(p / q))
+def _running(values: NDArray[Any]) -> NDArray[np.float64]:
+    """(rows, bins + 1), the sums of the bins below each edge."""
+    sums = np.zeros((len(values), values.shape[1] + 1))
+    np.cumsum(values, axis=1, out=sums[:, 1:])
+    return sums
 
 
-def _smoothed(counts: NDArray[np.float64], part: float = 1e-4) -> NDArray[np.float64]:
-    """Counts with ``part`` in each empty bin, taken evenly from the others."""
-    filled = counts > 0
-    number = np.maximum(filled.sum(axis=1, keepdims=True), 1)
-    taken = part * (counts.shape[1] - number) / number
-    return np.where(filled, np.maximum(counts - taken, part), part)
+def _divergence(
+    counts: NDArray[np.float64], below: NDArray[np.float64], filled: NDArray[np.float64], length: int, parts: int
+) -> NDArray[np.float64]:
+    """(rows,), KL of the first ``length`` bins, with the rest in the last of them, from their merger into ``parts``.
+
+    The merger is the same in all filled bins of a part, so that only ``p log p`` is summed bin by bin; the sums over
+    parts are differences of the running sums ``below``, of the counts, and ``filled``, of the bins with counts.
+    """
+    edges = np.arange(parts + 1) * length // parts
+    rest = below[:, -1] - below[:, length]
+    merged, members = np.diff(below[:, edges]), np.diff(filled[:, edges])
+    members[:, -1] += (counts[:, length - 1] == 0) & (rest > 0)
+
+    number = np.maximum(members.sum(axis=1), 1)
+    taken = PART * (length - number) / number
+    p = counts[:, :length] - taken[:, None]
+    p[:, -1] += rest
+    np.maximum(p, PART, out=p)
+
+    spread = np.where(merged > 0, members, 0)
+    reached = spread.sum(axis=1)
+    moved = PART * (length - reached) / np.maximum(reached, 1)
+    q = np.where(merged > 0, np.maximum(merged / np.maximum(members, 1) - moved[:, None], PART), PART)
+
+    mass = merged - members * taken[:, None]
+    mass[:, -1] += rest
+    cross = np.einsum("ij,ij->i", mass, np.log(q)) + (length - number) * PART * math.log(PART)
+    p_sum, q_sum = p.sum(axis=1), np.einsum("ij,ij->i", spread, q) + (length - reached) * PART
+    return (np.einsum("ij,ij->i", p, np.log(p)) - cross) / p_sum + np.log(q_sum / p_sum)
 
 
 SAWB = {
@@ -216,11 +237,15 @@ def statistics_aware(seen: Histogram, bits: int, parameter: float) -> Thresholds
 
     As there, the coefficients are a linear fit through the best thresholds of six densities (Gauss, uniform, Laplace,
     logistic, triangle, von Mises), here for this grid; a test derives them again. Rows of few values may be flatter
-    than the uniform or more peaked than the Laplace density; the fit is not followed beyond these two.
+    than the uniform or more peaked than the Laplace density; the fit is not followed beyond these two. Nor is it below
+    the best threshold of the uniform density, ``2 Q / (Q + 1/2)`` times ``E|x|``, where the line from 4 bits on is too
+    low.
     """
     first, second = SAWB[bits]
+    levels = Grid(bits).levels
     shape = seen.deviation / np.where(seen.mean > 0, seen.mean, 1)
-    return seen.mean * (first * np.clip(shape, math.sqrt(4 / 3), math.sqrt(2)) - second)
+    fitted = first * np.clip(shape, math.sqrt(4 / 3), math.sqrt(2)) - second
+    return seen.mean * np.maximum(fitted, 2 * levels / (levels + 0.5))
 
 
 @clip_method("percentile", "P", 100)
@@ -229,7 +254,7 @@ def percentile(seen: Histogram, bits: int, parameter: float) -> Thresholds:
     reached = np.cumsum(seen.counts, axis=1)
     wanted = seen.number * (parameter / 100)
     bins = (reached < wanted[:, None] * (1 - 1e-12)).sum(axis=1) + 1
-    return seen.peak * np.minimum(bins, seen.bins) / seen.bins
+    return seen.peak * (np.minimum(bins, seen.bins) / seen.bins)
 
 
 @clip_method("sigma", "K")
