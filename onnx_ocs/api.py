@@ -70,6 +70,9 @@ def quantize(
     """
     chosen = resolve(options, preset, recipe)
     goal = None if target is None else Path(target)
+    if report is not None:
+        with files.workplace(Path(report)):
+            pass  # it can be written, so that no model is written without its report
     outcome = pipeline.transform(source, goal, chosen, None if inputs is None else Path(inputs), timeout, progress)
     if report is not None:
         write_json(Path(report), outcome.report)

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import os
 import signal
 import sys
@@ -89,11 +90,13 @@ def _transform_parser() -> argparse.ArgumentParser:
         "--inputs", type=Path, metavar="PATH", help="samples to verify on (.npz, .npy, a folder, ONNX test data)"
     )
     parser.add_argument(
-        "--tolerance", type=float, metavar="X", help="of the split model, relative to each output's peak"
+        "--tolerance", type=_finite, metavar="X", help="of the split model, relative to each output's peak"
     )
-    parser.add_argument("--min-sqnr", type=float, metavar="DB", help="what the quantized outputs must exceed")
+    parser.add_argument("--min-sqnr", type=_finite, metavar="DB", help="what the quantized outputs must exceed")
     parser.add_argument("--no-verify", action="store_true", help="write the result without running it")
-    parser.add_argument("--verify-timeout", type=float, metavar="S", default=TIMEOUT, help="seconds for verification")
+    parser.add_argument(
+        "--verify-timeout", type=_positive, metavar="S", default=TIMEOUT, help="seconds for verification"
+    )
     parser.add_argument("--seed", type=int, metavar="N", help="of the generated samples")
     parser.add_argument("--report", type=Path, metavar="FILE.json", default=None, help="write what was done")
     parser.add_argument(
@@ -152,6 +155,36 @@ def _bits(text: str) -> int | None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of bits") from None
 
 
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be finite, not {text}")
+    return value
+
+
+def _magnitude(text: str) -> float:
+    if (value := _finite(text)) < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
+    return value
+
+
+def _positive(text: str) -> float:
+    if (value := _finite(text)) <= 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    return value
+
+
+def _keep_apart(parser: argparse.ArgumentParser, read: dict[str, Path | None], written: dict[str, Path | None]) -> None:
+    """No file that is written beside the result may take the place of another one."""
+    seen = {path.resolve(): name for name, path in read.items() if path is not None}
+    for name, path in written.items():
+        if path is not None and (other := seen.setdefault(path.resolve(), name)) != name:
+            parser.error(f"{name} and {other} are the same file, {path}; give {name} a name of its own")
+
+
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
@@ -162,6 +195,9 @@ def _transform(options: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     quiet, verbose = given.pop("quiet"), given.pop("verbose")
     report, timeout = given.pop("report"), given.pop("verify_timeout")
     inputs = given.pop("inputs", None)
+    _keep_apart(
+        parser, {"IN": source, "OUT": target, "--inputs": inputs, "--recipe": given["recipe"]}, {"--report": report}
+    )
     recipe = _resolve(given, parser)
     with _progress(quiet) as progress:
         result = api.quantize(
@@ -290,19 +326,25 @@ def _check_parser() -> argparse.ArgumentParser:
         "--inputs", type=Path, metavar="PATH", help="samples (.npz, .npy, a folder, ONNX test data); else random"
     )
     parser.add_argument("--samples", type=int, metavar="N", help="how many (all given ones, or 8 random ones)")
-    parser.add_argument("--atol", type=float, help="largest absolute error; with --rtol: atol + rtol * |reference|")
-    parser.add_argument("--rtol", type=float, help="largest error relative to each value")
-    parser.add_argument("--min-sqnr", type=float, metavar="DB", help="of each output (0 if nothing else is asked)")
+    parser.add_argument(
+        "--atol", type=_magnitude, help="largest absolute error; with --rtol: atol + rtol * |reference|"
+    )
+    parser.add_argument("--rtol", type=_magnitude, help="largest error relative to each value")
+    parser.add_argument("--min-sqnr", type=_finite, metavar="DB", help="of each output (0 if nothing else is asked)")
     parser.add_argument("--min-agreement", type=float, metavar="F", help="share of equal top-1 classes, 0 to 1")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write a test report for CI")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random samples")
-    parser.add_argument("--timeout", type=float, default=TIMEOUT, metavar="S")
+    parser.add_argument("--timeout", type=_positive, default=TIMEOUT, metavar="S")
     _add_common(parser)
     return parser
 
 
 def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    read = {"REF": options.reference, "CANDIDATE": options.candidate, "--inputs": options.inputs}
+    _keep_apart(parser, read, {"--json": options.json, "--junit": options.junit})
+    if options.seed < 0:
+        parser.error(f"seed must be a whole number of at least 0, not {options.seed}")
     if options.samples is not None and options.samples < 1:
         parser.error(f"samples must be at least 1, not {options.samples}")
     if options.min_agreement is not None and not 0 <= options.min_agreement <= 1:
@@ -372,6 +414,7 @@ def _inspect_parser() -> argparse.ArgumentParser:
 def _inspect(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     given = dict(vars(options))
     source, file, quiet = given.pop("source"), given.pop("json"), given.pop("quiet")
+    _keep_apart(parser, {"MODEL": source, "--recipe": given.get("recipe")}, {"--json": file})
     given.pop("verbose")
     rows = api.inspect(source, recipe=_resolve(given, parser))
     if file is not None:

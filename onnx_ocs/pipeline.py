@@ -302,7 +302,7 @@ def _finish(
         if run.target is not None and result is not None:
             files.publish(result, run.target)
         elif run.target is not None:
-            model.save(run.target, run.recipe.external_data)
+            model.save(run.target.resolve(), run.recipe.external_data)
     report = {
         "tool": "onnx-ocs",
         "version": __version__,

@@ -1,6 +1,7 @@
 """Every option that decides what a transformation does, as plain data that can be stored and run again."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_ocs.errors import BadRecipe
+from onnx_ocs.graph.layers import READERS
 from onnx_ocs.numerics.clip import parse_clip
 from onnx_ocs.numerics.split import POLICIES
 
@@ -68,11 +70,24 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("quantize_ops", "only", "skip"):
             value = getattr(self, name)
+            if not isinstance(value, str | list | tuple) or not all(isinstance(text, str) for text in value):
+                raise ValueError(f"{name} must be a text or a list of texts, not {value!r}")
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         object.__setattr__(self, "clip", str(self.clip))
-        if self.bits is not None and self.bits not in BITS:
+        for item in fields(self):
+            value, kind = getattr(self, item.name), type(item.default)
+            if isinstance(item.default, bool) and not isinstance(value, bool):
+                raise ValueError(f"{item.name} must be true or false, not {value!r}")
+            if kind is Number and (isinstance(value, bool) or not isinstance(value, int | Number)):
+                raise ValueError(f"{item.name} must be a number, not {value!r}")
+        if not math.isfinite(self.min_sqnr):
+            raise ValueError(f"min_sqnr must be finite, not {self.min_sqnr}")
+        unknown = sorted(set(self.quantize_ops) - set(READERS))
+        if unknown:
+            raise ValueError(f"quantize-ops must be among {', '.join(READERS)}, not {unknown[0]!r}")
+        if self.bits is not None and (not isinstance(self.bits, int) or self.bits not in BITS):
             raise ValueError(f"bits must be none or one of {', '.join(map(str, BITS))}, not {self.bits}")
-        if isinstance(self.ratio, bool) or not 0 <= self.ratio <= 1:
+        if not 0 <= self.ratio <= 1:
             raise ValueError(f"ratio must be from 0 to 1, not {self.ratio}")
         parse_clip(self.clip)
         for name, choices in CHOICES.items():
@@ -84,7 +99,7 @@ class Recipe:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
-        if self.tolerance is not None and not self.tolerance > 0:
+        if self.tolerance is not None and not (isinstance(self.tolerance, int | Number) and self.tolerance > 0):
             raise ValueError(f"tolerance must be positive, not {self.tolerance}")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be a whole number of at least 0, not {self.seed}")

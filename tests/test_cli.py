@@ -92,6 +92,10 @@ def test_the_target_may_be_the_source(command, source):
         (["--only", "("], ["not a regular expression"]),
         (["--tolerance", "0"], ["tolerance must be positive"]),
         (["--frobnicate"], ["unrecognized arguments"]),
+        (["--min-sqnr", "nan"], ["must be finite"]),
+        (["--verify-timeout", "0"], ["must be above 0"]),
+        (["--seed", "-1"], ["seed must be"]),
+        (["--quantize-ops", "Conv,Foo"], ["Conv, ConvTranspose, Gemm, MatMul", "'Foo'"]),
     ],
     ids=str,
 )
@@ -184,6 +188,44 @@ def test_an_unwritable_target_is_one_clear_line(command, source, tmp_path):
         assert status == 3
         assert one_line(err), err
         assert "cannot be written" in err
+
+
+def test_no_report_takes_the_place_of_a_model(command, source, tmp_path):
+    target, before = tmp_path / "out.onnx", source.read_bytes()
+    for report in (source, target):
+        status, _, err = command(source, target, "--report", report)
+        assert status == 2
+        assert "the same file" in err
+    for option in ("--json", "--junit"):
+        assert command("check", source, source, option, source)[0] == 2
+    assert command("inspect", source, "--json", source)[0] == 2
+    assert command(source, target, "--report", tmp_path / "no" / "report.json")[0] == 3
+    assert source.read_bytes() == before
+    assert not target.exists()
+
+
+def test_a_target_that_is_a_link_stays_one(command, source, tmp_path):
+    (tmp_path / "real.onnx").write_bytes(b"old")
+    link = tmp_path / "link.onnx"
+    link.symlink_to("real.onnx")
+    for option in ("--no-verify", "--seed=1"):
+        assert command(source, link, option, "-q")[0] == 0
+        assert link.is_symlink()
+        onnx.checker.check_model(onnx.load(tmp_path / "real.onnx"))
+
+
+@pytest.mark.parametrize("option", ["--atol=nan", "--atol=-1", "--min-sqnr=nan", "--timeout=0", "--seed=-1"])
+def test_a_check_with_a_gate_that_cannot_hold_is_wrong_usage(command, source, option):
+    assert command("check", source, source, option)[0] == 2
+
+
+@pytest.mark.parametrize("option", ['"min_sqnr": "x"', '"only": 5', '"verify": "no"', '"ratio": null', '"bits": 4.5'])
+def test_a_recipe_of_wrong_types_is_one_clear_line(command, source, tmp_path, option):
+    (tmp_path / "recipe.json").write_text(f"{{{option}}}")
+    status, _, err = command(source, tmp_path / "out.onnx", "--recipe", tmp_path / "recipe.json")
+    assert status == 3
+    assert one_line(err), err
+    assert "internal" not in err
 
 
 def test_what_does_not_pass_is_not_written(command, source, tmp_path):
