@@ -187,10 +187,9 @@ def conv(place: Place) -> Layer:
 def conv_transpose(place: Place) -> Layer:
     """data (N, C, *spatial), weight (C, M / group, *kernel); depthwise it is that of a Conv."""
     weight, groups = _weight(place, 1, at_least=3), place.integer("group", 1)
-    axis = 1 - len(weight.shape)
     if weight.shape[:2] == (groups, 1):
-        return _layer(place, weight, 1, 0, data_axis=axis, input_axis=1, output_axis=0, groups=groups)
-    axes = {"data_axis": axis, "input_axis": 0, "output_axis": 1}
+        return conv(place)
+    axes = {"data_axis": 1 - len(weight.shape), "input_axis": 0, "output_axis": 1}
     return _layer(place, weight, 1, 0, **axes, groups=groups, groups_on_input=groups > 1)
 
 

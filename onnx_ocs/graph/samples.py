@@ -269,11 +269,11 @@ def generate(inputs: list[Input], guess: Guess, bounds: dict[str, int], rng: np.
     feed: Feed = {}
     for item in inputs:
         shape = []
+        alone = sum(not isinstance(size, int) or size < 0 for size in item.shape) == 1
         for axis, size in enumerate(item.shape):
             if isinstance(size, int) and size >= 0:
                 shape.append(size)
             else:
-                alone = sum(not isinstance(other, int) or other < 0 for other in item.shape) == 1
                 free = guess.batch if axis == 0 or (guess.inner and alone) else guess.size
                 shape.append(sizes.setdefault(size, free) if isinstance(size, str) else free)
         feed[item.name] = _values(item, tuple(shape), guess, bounds.get(item.name), rng)

@@ -156,7 +156,6 @@ def copies_per_row(peaks: NDArray[np.floating], extra: int, policy: str = "even"
     """
     outputs, channels = peaks.shape
     copies = np.ones(channels, np.int64)
-    parts = np.ones(channels, peaks.dtype)  # what each channel's largest magnitude is divided by
     largest = peaks.max(axis=0)
     divisors = _divisors(policy, extra + 1).astype(peaks.dtype)
     shares = peaks.copy()
@@ -168,11 +167,10 @@ def copies_per_row(peaks: NDArray[np.floating], extra: int, policy: str = "even"
         gain = np.bincount(top, lowered, minlength=channels)
         channel = int(np.argmax(gain))
         if not gain[channel] > 0:
-            channel = int(np.argmax(largest / parts))
+            channel = int(np.argmax(largest / divisors[copies - 1]))
         stale = (top == channel) | (shares[:, channel] >= second)
         copies[channel] += 1
-        parts[channel] = divisors[copies[channel] - 1]
-        shares[:, channel] = peaks[:, channel] / parts[channel]
+        shares[:, channel] = peaks[:, channel] / divisors[copies[channel] - 1]
         top[stale], first[stale], second[stale] = _leaders(shares[stale])
     return copies
 
