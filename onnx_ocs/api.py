@@ -8,12 +8,13 @@ from typing import Any
 
 import onnx
 
-from onnx_ocs import pipeline, verify
+from onnx_ocs import child, pipeline, verify
 from onnx_ocs.errors import RuntimeFailed
 from onnx_ocs.graph import files
 from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.hints import table_lengths
 from onnx_ocs.graph.model import Model
+from onnx_ocs.graph.samples import Samples
 from onnx_ocs.pipeline import Source
 from onnx_ocs.recipe import Recipe, stored_recipe
 
@@ -46,8 +47,11 @@ def quantize(
     preset: str | None = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
     inputs: str | Path | None = None,
+    calibrate: Samples | None = None,
+    stats: str | Path | None = None,
+    save_stats: str | Path | None = None,
     report: str | Path | None = None,
-    timeout: float = verify.TIMEOUT,
+    timeout: float = child.TIMEOUT,
     progress: Callable[[str], None] = lambda stage: None,
     **options: Any,
 ) -> Result:
@@ -58,7 +62,12 @@ def quantize(
         target: where to write; without it the model is only returned.
         preset: ``paper``.
         recipe: a stored recipe or report (a path or its content) whose options hold where nothing else is said.
-        inputs: samples to verify on; seeded random ones without it.
+        inputs: samples to verify on; without it some of those for calibration, or seeded random ones.
+        calibrate: samples that the scales of activations are chosen by, which have 8 bits then if nothing else is said:
+            a file or folder, arrays, or an iterable of arrays (of dicts by input name, where there are several inputs).
+            An iterable goes through a temporary file, so that it is read only once, and never held whole.
+        stats: statistics that an earlier run saved, in place of samples.
+        save_stats: where to save those of this run.
         report: where to write the report as JSON.
         timeout: seconds that the verification may take.
         progress: called with the name of each stage.
@@ -68,12 +77,13 @@ def quantize(
         OcsError: the model or the samples cannot be used, or the result does not pass; nothing is written.
         ValueError: an option is out of its range.
     """
-    chosen = resolve(options, preset, recipe)
-    goal = None if target is None else Path(target)
-    if report is not None:
-        with files.workplace(Path(report)):
-            pass  # it can be written, so that no model is written without its report
-    outcome = pipeline.transform(source, goal, chosen, None if inputs is None else Path(inputs), timeout, progress)
+    calibration = pipeline.Calibration(calibrate, _path(stats), _path(save_stats))
+    chosen = resolve(options, preset, recipe, calibration.given)
+    for beside in (report, save_stats):
+        if beside is not None:
+            with files.workplace(Path(beside)):
+                pass  # it can be written, so that no model is written without it
+    outcome = pipeline.transform(source, _path(target), chosen, _path(inputs), calibration, timeout, progress)
     if report is not None:
         write_json(Path(report), outcome.report)
     return Result(outcome.report, outcome.path, outcome.model)
@@ -85,24 +95,34 @@ def split(source: Source, target: str | Path | None = None, **options: Any) -> R
 
 
 def resolve(
-    options: Mapping[str, Any], preset: str | None = None, recipe: str | Path | Mapping[str, Any] | None = None
+    options: Mapping[str, Any],
+    preset: str | None = None,
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    calibrated: bool = False,
 ) -> Recipe:
-    """The recipe of some explicit options; ``per_tensor`` and ``no_verify`` are understood as on the command line.
+    """The recipe of some explicit options; ``per_tensor``, ``no_verify`` and the like are understood as on the command
+    line. With calibration activations have 8 bits if nothing else is said.
 
     Raises:
         ValueError: an option is unknown or out of its range.
         BadRecipe: ``recipe`` is a file without a recipe.
     """
     given = dict(options)
-    for negative, positive in (("per_tensor", "per_channel"), ("no_verify", "verify")):
+    for negative, positive in (("per_tensor", "per_channel"), ("no_verify", "verify"), ("no_fold_bn", "fold_bn")):
         if negative in given:
             given[positive] = not given.pop(negative)
-    if given.get("bits") == "none":
-        given["bits"] = None
+    for name in ("bits", "act_bits"):
+        if given.get(name) == "none":
+            given[name] = None
     stored = stored_recipe(Path(recipe)) if isinstance(recipe, str | Path) else recipe
     if stored is not None and isinstance(stored.get("recipe"), dict):
         stored = stored["recipe"]
-    return Recipe.of(given, preset, stored)
+    if calibrated and "act_bits" not in (stored or {}):
+        given.setdefault("act_bits", 8)
+    made = Recipe.of(given, preset, stored)
+    if made.calibrates and not calibrated:
+        raise ValueError("act-bits needs samples: give --calibrate or --stats, or scale by batch (--act-split dynamic)")
+    return made
 
 
 @dataclass(frozen=True)
@@ -127,7 +147,7 @@ def check(
     min_sqnr: float | None = None,
     min_agreement: float | None = None,
     seed: int = 0,
-    timeout: float = verify.TIMEOUT,
+    timeout: float = child.TIMEOUT,
 ) -> CheckOutcome:
     """Compare the outputs of two models on the same samples.
 
@@ -188,6 +208,10 @@ def write_json(path: Path, data: Any) -> None:
         CannotWrite: there is no such folder, or it may not be written.
     """
     files.write(path, [memoryview((json.dumps(data, indent=1) + "\n").encode())])
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
 
 
 def _on_disk(source: Source, model: Model, path: Path) -> Path:

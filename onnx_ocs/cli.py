@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import traceback
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,12 +15,12 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from onnx_ocs import api, junit
+from onnx_ocs import api, junit, tables
 from onnx_ocs._version import __version__
+from onnx_ocs.child import TIMEOUT
 from onnx_ocs.errors import OcsError, RuntimeFailed, VerificationFailed
 from onnx_ocs.numerics.clip import clip_names
 from onnx_ocs.recipe import BITS, CHOICES, PRESETS, Recipe
-from onnx_ocs.verify import TIMEOUT
 
 DONE, FAILED, USAGE, UNUSABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
@@ -56,6 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _terminate(number: int, frame: object) -> NoReturn:
     raise SystemExit(TERMINATED)
+
+
+def _show(*items: Table | str) -> None:
+    """Print to stdout: as wide as the terminal, or wide enough for a table where there is none."""
+    console = Console(highlight=False, markup=False)
+    for item in items:
+        (console if console.is_terminal else Console(highlight=False, markup=False, width=160)).print(item)
 
 
 def _complain(error: object, status: int) -> int:
@@ -93,6 +99,8 @@ def _transform_parser() -> argparse.ArgumentParser:
         "--tolerance", type=_finite, metavar="X", help="of the split model, relative to each output's peak"
     )
     parser.add_argument("--min-sqnr", type=_finite, metavar="DB", help="what the quantized outputs must exceed")
+    parser.add_argument("--no-fold-bn", action="store_true", help="leave BatchNormalization nodes as they are")
+    _add_activations(parser)
     parser.add_argument("--no-verify", action="store_true", help="write the result without running it")
     parser.add_argument(
         "--verify-timeout", type=_positive, metavar="S", default=TIMEOUT, help="seconds for verification"
@@ -137,6 +145,45 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--first",
         choices=CHOICES["first"],
         help=f"layers that read a graph input of 4 channels or fewer ({defaults.first})",
+    )
+
+
+def _add_activations(parser: argparse.ArgumentParser) -> None:
+    """Options of the data of layers; absent unless given, as those of the weights."""
+    defaults = Recipe()
+    group = parser.add_argument_group("activations (float without --calibrate, --stats or --act-bits)")
+    group.add_argument(
+        "--calibrate", type=Path, metavar="PATH", help="samples to choose their scales by (as for --inputs)"
+    )
+    group.add_argument("--calibration-samples", type=int, metavar="N", help="how many of them (all)")
+    group.add_argument("--batch", type=int, metavar="N", help=f"samples that run at a time ({defaults.batch})")
+    group.add_argument(
+        "--calibration-stride",
+        type=int,
+        metavar="N",
+        help=f"positions from one counted value to the next; 1 counts all ({defaults.calibration_stride})",
+    )
+    group.add_argument("--save-stats", type=Path, metavar="FILE.npz", default=None, help="keep what calibration saw")
+    group.add_argument("--stats", type=Path, metavar="FILE.npz", default=None, help="use that in place of samples")
+    group.add_argument(
+        "--act-bits", type=_bits, metavar="B", help=f"{BITS[0]} to {BITS[-1]}, or none (8 with samples, else none)"
+    )
+    group.add_argument("--act-clip", metavar="M", help=f"threshold of activations, as --clip ({defaults.act_clip})")
+    group.add_argument(
+        "--act-ratio",
+        type=float,
+        metavar="R",
+        help=f"share of channels to split, 0 to 1 ({defaults.act_ratio:g})",
+    )
+    group.add_argument(
+        "--act-split",
+        choices=CHOICES["act_split"],
+        help="static: by calibration; dynamic: scales and splits of each batch, found by the graph (static)",
+    )
+    group.add_argument(
+        "--act-unsigned",
+        action="store_true",
+        help="a grid from 0 on (UINT8) where calibration saw no negative value; TensorRT refuses it",
     )
 
 
@@ -194,24 +241,32 @@ def _transform(options: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     source, target = given.pop("source"), given.pop("destination")
     quiet, verbose = given.pop("quiet"), given.pop("verbose")
     report, timeout = given.pop("report"), given.pop("verify_timeout")
-    inputs = given.pop("inputs", None)
+    samples = {name: given.pop(name, None) for name in ("inputs", "calibrate", "stats", "save_stats")}
+    read = {f"--{name}": samples[name] for name in ("inputs", "calibrate", "stats")}
     _keep_apart(
-        parser, {"IN": source, "OUT": target, "--inputs": inputs, "--recipe": given["recipe"]}, {"--report": report}
+        parser,
+        {"IN": source, "OUT": target, "--recipe": given["recipe"], **read},
+        {"--report": report, "--save-stats": samples["save_stats"]},
     )
-    recipe = _resolve(given, parser)
+    if samples["calibrate"] is not None and samples["stats"] is not None:
+        parser.error("--stats takes the place of --calibrate; give one of them")
+    if samples["save_stats"] is not None and samples["calibrate"] is None:
+        parser.error("--save-stats keeps what --calibrate sees; give samples")
+    calibrated = samples["calibrate"] is not None or samples["stats"] is not None
+    recipe = _resolve(given, parser, calibrated)
     with _progress(quiet) as progress:
         result = api.quantize(
-            source, target, recipe=recipe, inputs=inputs, report=report, timeout=timeout, progress=progress
+            source, target, recipe=recipe, **samples, report=report, timeout=timeout, progress=progress
         )
     if not quiet:
-        _print_result(source, target, result.report, verbose)
+        _show(*([tables.layers(result.report["layers"])] if verbose else []), tables.result(result.report, target))
     return DONE
 
 
-def _resolve(given: dict[str, Any], parser: argparse.ArgumentParser) -> dict[str, Any]:
+def _resolve(given: dict[str, Any], parser: argparse.ArgumentParser, calibrated: bool = False) -> dict[str, Any]:
     """The recipe of the options that were given; options that make none are wrong usage."""
     try:
-        return api.resolve(given, given.pop("preset"), given.pop("recipe", None)).plain()
+        return api.resolve(given, given.pop("preset"), given.pop("recipe", None), calibrated).plain()
     except ValueError as error:
         parser.error(str(error))
 
@@ -232,85 +287,6 @@ class _progress:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-
-
-def _print_result(source: Path, target: Path, report: dict[str, Any], verbose: bool) -> None:
-    console = _console()
-    if verbose:
-        console.print(_layer_table(report["layers"]))
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for status in ("split", "quantized", "declined"):
-        rows = [row for row in report["layers"] if row["status"] == status]
-        if rows:
-            table.add_row(f"layers {status}", _reasons(rows))
-    size, overhead = report["size"], report["overhead"]
-    table.add_row(
-        "size", f"{_bytes(size['before'])} -> {_bytes(size['after'])} ({size['after'] / max(1, size['before']):.1%})"
-    )
-    if overhead["weights"] > 1:
-        table.add_row("overhead", f"weights x{overhead['weights']:.3f}, channels x{overhead['activations']:.3f}")
-    for name, value in _verified(report["verification"]):
-        table.add_row(name, value)
-    for note in report["notes"]:
-        table.add_row("note", note)
-    table.add_row("written", str(target))
-    console.print(table)
-
-
-def _reasons(rows: list[dict[str, Any]]) -> str:
-    """How many, and for which reasons."""
-    counts = Counter(row["reason"] for row in rows if row["reason"])
-    why = "; ".join(f"{reason} ({count})" if len(rows) > 1 else reason for reason, count in counts.most_common())
-    return f"{len(rows)}" + (f": {why}" if why else "")
-
-
-def _verified(verification: dict[str, Any] | None) -> list[tuple[str, str]]:
-    if verification is None:
-        return [("verified", "no")]
-    kind = f"on {verification['samples']} {'generated' if verification['generated'] else 'given'} samples"
-    rows = []
-    if "split" in verification:
-        error = verification["split"]["max_rel_error"]
-        rows.append(("split model", f"equal to the source within {error or 0:.1e} of each output's peak, {kind}"))
-    if "quantized" in verification:
-        found = verification["quantized"]
-        parts = [f"{found[name]:{form}} {unit}" for name, form, unit in _FIGURES if found.get(name) is not None]
-        rows.append(("quantized model", f"{', '.join(parts)}, {kind}"))
-        if "accuracy" in found:
-            before, after, samples = (found["accuracy"][name] for name in ("reference", "candidate", "samples"))
-            figures = f"{before:.2%} before, {after:.2%} after, on {samples} labels"
-            rows.append(("top-1 accuracy", figures))
-    return rows
-
-
-_FIGURES = (("sqnr_db", ".1f", "dB SQNR"), ("top1_agreement", ".2%", "top-1 agreement"), ("kl_divergence", ".2g", "KL"))
-
-
-def _layer_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for name in ("layer", "op", "status", "channels", "bits", "SQNR dB", "reason"):
-        table.add_column(name, justify="right" if name in ("channels", "bits", "SQNR dB") else "left", overflow="fold")
-    for row in rows:
-        channels = "" if row["channels"] is None else f"{row['channels']}+{row['extra']}"
-        sqnr = "" if row.get("sqnr_db") is None else f"{row['sqnr_db']:.1f}"
-        table.add_row(
-            row["name"], row["op"], row["status"], channels, str(row.get("bits") or ""), sqnr, row["reason"] or ""
-        )
-    return table
-
-
-def _console() -> Console:
-    console = Console(highlight=False, markup=False)
-    return console if console.is_terminal else Console(highlight=False, markup=False, width=160)
-
-
-def _bytes(size: int) -> str:
-    value, unit = float(size), "B"
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
 
 
 # --- check -----------------------------------------------------------------------------------------------------------
@@ -367,32 +343,10 @@ def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if options.junit:
         junit.write(options.junit, str(options.candidate), outcome)
     if not options.quiet:
-        _print_check(outcome)
+        _show(*([tables.check(outcome)] if outcome.outputs else []), *tables.verdict(outcome))
     if not outcome.passed:
         return _complain(f"{options.candidate}: {outcome.reason}", FAILED)
     return DONE
-
-
-def _print_check(outcome: api.CheckOutcome) -> None:
-    table = Table(box=None, pad_edge=False)
-    for name in ("output", "max error", "of peak", "SQNR dB", "top-1 agreement", "KL"):
-        table.add_column(name, justify="left" if name == "output" else "right", overflow="fold")
-    forms = (
-        ("max_abs_error", ".3g"),
-        ("max_rel_error", ".2e"),
-        ("sqnr_db", ".1f"),
-        ("top1_agreement", ".2%"),
-        ("kl_divergence", ".2g"),
-    )
-    for output in outcome.outputs:
-        table.add_row(output["output"], *(format(output[n], f) if output[n] is not None else "" for n, f in forms))
-    console = _console()
-    if outcome.outputs:
-        console.print(table)
-    kind = "generated" if outcome.generated else "given"
-    console.print(f"{'passed' if outcome.passed else 'failed'} on {outcome.samples} {kind} samples")
-    if not outcome.deterministic:
-        console.print("the outputs of the reference differ from run to run")
 
 
 # --- inspect ---------------------------------------------------------------------------------------------------------
@@ -420,26 +374,5 @@ def _inspect(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     if file is not None:
         api.write_json(file, rows)
     if not quiet:
-        _print_survey(rows)
+        _show(tables.survey(rows) if rows else "no layers with weights")
     return DONE
-
-
-def _print_survey(rows: list[dict[str, Any]]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for name in ("layer", "op", "channels", "outlier", "range after", "would be", "reason"):
-        table.add_column(
-            name, justify="right" if name in ("channels", "outlier", "range after") else "left", overflow="fold"
-        )
-    for row in rows:
-        known = row["status"] != "declined"
-        table.add_row(
-            row["name"],
-            row["op"],
-            f"{row['channels']}+{row['extra']}" if known else "",
-            f"{row['outlier']:.1f} sd" if known else "",
-            f"{row['range']:.0%}" if known else "",
-            row["status"],
-            row["reason"] or "",
-        )
-    console = _console()
-    console.print(table if rows else "no layers with weights")

@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx
 
-from onnx_ocs import verify
+from onnx_ocs import calibrate, child, verify
 from onnx_ocs._version import __version__
 from onnx_ocs.errors import RuntimeFailed, UnsupportedModel, VerificationFailed
 from onnx_ocs.graph import files
@@ -18,17 +18,27 @@ from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.hints import table_lengths
 from onnx_ocs.graph.layers import Declined, Layer, find_layers
 from onnx_ocs.graph.model import Model
+from onnx_ocs.graph.observe import OPSET
 from onnx_ocs.graph.opset import CannotRaise, raise_opset
+from onnx_ocs.graph.samples import Samples, stored
 from onnx_ocs.numerics.weights import range_of, recombination_error
-from onnx_ocs.passes.base import LayerPlan, Pass, Work
+from onnx_ocs.passes.base import LayerPlan, Pass, Work, observed
+from onnx_ocs.passes.choose_activation_steps import ChooseActivationSteps
 from onnx_ocs.passes.choose_grid import ChooseGrid
 from onnx_ocs.passes.choose_steps import ChooseSteps
+from onnx_ocs.passes.fold_batch_normalization import FoldBatchNormalization
+from onnx_ocs.passes.plan_activations import PlanActivations
 from onnx_ocs.passes.plan_splits import PlanSplits
+from onnx_ocs.passes.quantize_activations import QuantizeActivations
 from onnx_ocs.passes.quantize_weights import QuantizeWeights
 from onnx_ocs.passes.select_layers import SelectLayers
-from onnx_ocs.passes.split_weights import SplitWeights
+from onnx_ocs.passes.split_by_batch import SplitByBatch
+from onnx_ocs.passes.split_channels import SplitChannels
 from onnx_ocs.recipe import Recipe
 from onnx_ocs.report import layer_rows, overhead, stage_summary
+
+CALIBRATED = 64
+"""Samples of those for calibration that the result is verified on, where no others are given."""
 
 LOW_SQNR = 10.0
 """Below this many dB the report says that the result may be of little use."""
@@ -49,6 +59,20 @@ so is each sum of activations; some layers of this leave errors of several units
 """
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """Where the statistics of activations come from."""
+
+    samples: Samples | None = None
+    stats: Path | None = None  # a file of statistics to read
+    save_stats: Path | None = None  # where to write them
+
+    @property
+    def given(self) -> bool:
+        """Whether there is a source of statistics."""
+        return self.samples is not None or self.stats is not None
+
+
 @dataclass
 class Run:
     """One transformation under way."""
@@ -58,12 +82,15 @@ class Run:
     target: Path | None
     folder: Path  # for files on the way
     inputs: Path | None
+    calibration: Calibration
     timeout: float
     progress: Progress
     narrow: bool  # whether INT4 and INT2 may be used
     raised: bool = False  # whether the opset was
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    seen: calibrate.Seen | None = None
+    folded: int = 0  # BatchNormalization nodes
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -89,7 +116,8 @@ def transform(
     target: Path | None,
     recipe: Recipe,
     inputs: Path | None = None,
-    timeout: float = verify.TIMEOUT,
+    calibration: Calibration = Calibration(),
+    timeout: float = child.TIMEOUT,
     progress: Progress = lambda stage: None,
 ) -> Outcome:
     """Split and quantize ``source`` by ``recipe``, verify the result, and write it to ``target``.
@@ -98,7 +126,11 @@ def transform(
         OcsError: the model or the samples cannot be used, or the result is not what it has to be; nothing is written.
     """
     with files.workplace(target) as folder:
-        run = Run(recipe, source, target, folder, inputs, timeout, progress, narrow=recipe.container == "auto")
+        if calibration.samples is not None:
+            path = stored(calibration.samples, folder / "samples", recipe.calibration_samples)
+            calibration = replace(calibration, samples=path)
+        narrow = recipe.container == "auto"
+        run = Run(recipe, source, target, folder, inputs, calibration, timeout, progress, narrow)
         try:
             return _transform(run)
         except (RuntimeFailed, VerificationFailed) as error:
@@ -117,25 +149,29 @@ def _transform(run: Run) -> Outcome:
         model = Model.load(run.source)
         size = model.nbytes()
         _check_structure(run, model)
-    if recipe.bits is None and not recipe.float:
+    if recipe.bits is None and recipe.act_bits is None and not recipe.float:
         run.notes.append("nothing to do: weights stay float (--bits none), so the model is copied as it is")
         return _finish(run, model, Work(Editor(model), []), [], size)
     with run.timed("plan"):
         work, declined = _decide(run, model)
-    if all(plan.declined or (recipe.float and not plan.extra) for plan in work.plans):
+    if not any(_changes(run, plan) for plan in work.plans):
         run.notes.append("nothing to do: the model is copied as it is")
         return _finish(run, Model.load(run.source), work, declined, size)
     aware = recipe.split == "qa"
     stages: dict[str, Path] = {}
     with run.timed("split"):
-        work.plans = SplitWeights(aware=aware and recipe.bits is not None).apply(work)
+        work.plans = SplitChannels(aware=aware and recipe.bits is not None, aware_data=aware).apply(work)
+        work.plans = SplitByBatch(aware=aware).apply(work)
         work.editor.commit()
-        if recipe.verify and not recipe.float and (run.raised or any(plan.extra for plan in work.plans)):
+        changed = run.raised or run.folded or any(plan.expanded > plan.channels for plan in work.plans)
+        if recipe.verify and not recipe.float and changed:
             stages["split"] = run.folder / "split.onnx"
             model.save(stages["split"])
     if not recipe.float:
         with run.timed("quantize"):
-            work.plans = QuantizeWeights(aware=aware).apply(work)
+            if recipe.bits is not None:
+                work.plans = QuantizeWeights(aware=aware).apply(work)
+            work.plans = QuantizeActivations().apply(work)
             work.editor.commit()
     for name in work.editor.lost_inputs:
         run.notes.append(
@@ -153,6 +189,12 @@ def _transform(run: Run) -> Outcome:
     return _finish(run, model, work, declined, size, verified, result)
 
 
+def _changes(run: Run, plan: LayerPlan) -> bool:
+    """Whether anything is done to a layer."""
+    quantized = not run.recipe.float and (run.recipe.bits is not None or plan.activation is not None)
+    return not plan.declined and (quantized or plan.expanded > plan.channels)
+
+
 def _check_structure(run: Run, model: Model) -> None:
     """Refuse what neither the checker nor onnxruntime accepts; what one of them accepts is transformed."""
     try:
@@ -166,22 +208,77 @@ def _check_structure(run: Run, model: Model) -> None:
 
 
 def _decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
-    """All decisions, as data; the model's opset is raised first where the integers need it."""
+    """All decisions, as data; before them the opset is raised where it must be, and normalizations are folded."""
     recipe = run.recipe
     select = SelectLayers(recipe.only, recipe.skip, recipe.quantize_ops, recipe.first)
-    grid = ChooseGrid(recipe.bits or 8, recipe.per_channel, recipe.first, run.narrow, stored=not recipe.float)
-    work, declined = _found(model, select)
-    if not recipe.float and _raise_opset(run, model, work, grid):
-        work, declined = _found(model, select)
-    steps: list[Pass] = [grid, PlanSplits(recipe.ratio, recipe.split_policy), ChooseSteps(recipe.clip)]
+    stored = recipe.bits is not None and not recipe.float
+    grid = ChooseGrid(recipe.bits or 8, recipe.per_channel, recipe.first, run.narrow, stored)
+    work, declined = _found(run, model, select)
+    if _raise_opset(run, model, work, grid):
+        work, declined = _found(run, model, select)
+    seen = _statistics(run, model, work) if recipe.calibrates else {}
+    if recipe.fold_bn and _fold(run, model):
+        work, declined = _found(run, model, select)
+    work.statistics = seen
+    dynamic = recipe.act_split == "dynamic"
+    acts = recipe.act_bits if not recipe.float or recipe.act_ratio else None
+    weights = recipe.bits is not None or recipe.float
+    steps: list[Pass] = [
+        *([grid] if weights else []),
+        PlanActivations(acts, recipe.act_ratio, dynamic, recipe.act_unsigned, recipe.first),
+        ChooseActivationSteps(recipe.act_clip),
+        PlanSplits(recipe.ratio, recipe.split_policy, weights),
+        *([ChooseSteps(recipe.clip)] if weights else []),
+    ]
     for step in steps:
         work.plans = step.apply(work)
     return work, declined
 
 
-def _found(model: Model, select: SelectLayers) -> tuple[Work, list[Declined]]:
+def _statistics(run: Run, model: Model, work: Work) -> calibrate.Seen:
+    """What calibration sees of the data of the selected layers, or what a file of statistics says."""
+    recipe, given = run.recipe, run.calibration
+    digest = Model.load(run.source).digest() if given.stats or given.save_stats else ""
+    if run.seen is None and given.stats is not None:
+        run.seen = calibrate.load(given.stats, digest)
+    if run.seen is None and model.opset() >= OPSET:
+        found = [plan.observed for plan in work.plans if plan.observed and not plan.declined]
+        tensors = list({tensor.key: tensor for tensor in found}.values())
+        assert isinstance(given.samples, Path)
+        with run.timed("calibrate"):
+            run.seen = calibrate.calibrate(
+                model,
+                tensors,
+                given.samples,
+                run.folder,
+                recipe.calibration_samples,
+                recipe.batch,
+                recipe.calibration_stride,
+                recipe.seed,
+                run.timeout,
+            )
+    if run.seen and given.save_stats is not None:
+        calibrate.save(given.save_stats, run.seen, digest)
+    return run.seen or {}
+
+
+def _fold(run: Run, model: Model) -> int:
+    """Fold BatchNormalization nodes into the layers before them; how many."""
+    folded = 0
+    while here := FoldBatchNormalization().apply(editor := Editor(model)):
+        editor.commit()
+        folded += here
+    if folded:
+        run.folded = folded
+        run.notes.append(f"{folded} BatchNormalization {'node was' if folded == 1 else 'nodes were'} folded")
+    return folded
+
+
+def _found(run: Run, model: Model, select: SelectLayers) -> tuple[Work, list[Declined]]:
     found = find_layers(editor := Editor(model))
-    work = Work(editor, [LayerPlan(layer) for layer in found if isinstance(layer, Layer)])
+    layers = [item for item in found if isinstance(item, Layer)]
+    observe = run.recipe.calibrates
+    work = Work(editor, [LayerPlan(layer, observed(editor, layer) if observe else None) for layer in layers])
     work.plans = select.apply(work)
     return work, [item for item in found if isinstance(item, Declined)]
 
@@ -189,14 +286,15 @@ def _found(model: Model, select: SelectLayers) -> tuple[Work, list[Declined]]:
 def _raise_opset(run: Run, model: Model, work: Work, grid: ChooseGrid) -> bool:
     """Raise the opset as far as the layers need it and onnx's converter can; whether it was raised."""
     wanted = [plan for plan in work.plans if not plan.declined and not plan.layer.weight.home.is_function]
-    now = model.opset()
-    for target in sorted({opset for plan in wanted for opset in grid.opsets(plan) if opset > now}, reverse=True):
+    now, least = model.opset(), OPSET if run.recipe.act_bits is not None else 0
+    needed = {max(opset, least) for plan in wanted for opset in (grid.opsets(plan) if grid.stored else [0])}
+    for target in sorted((opset for opset in needed if opset > now), reverse=True):
         try:
             raise_opset(model, target)
         except CannotRaise as reason:
             run.notes.append(f"the opset stays {now}, though {target} is wanted: onnx's converter fails ({reason})")
             continue
-        run.notes.append(f"the opset was raised from {now} to {target}, which the integers need")
+        run.notes.append(f"the opset was raised from {now} to {target}, which the quantized model needs")
         run.raised = True
         return True
     return False
@@ -219,17 +317,18 @@ def _verify(run: Run, model: Model, work: Work, stages: dict[str, Path]) -> dict
         VerificationFailed: a stage is not what it has to be.
     """
     recipe = run.recipe
+    samples = run.inputs or run.calibration.samples
     request = verify.Request(
         str(_reference(run, Model.load(run.source))),
         {stage: str(path) for stage, path in stages.items()},
-        samples=str(run.inputs) if run.inputs else None,
-        count=-1 if run.inputs else verify.GENERATED,
+        samples=str(samples) if samples else None,
+        count=-1 if run.inputs else CALIBRATED if samples else verify.GENERATED,
         seed=recipe.seed,
         bounds=table_lengths(work.editor),
     )
     comparison = verify.compare(request, run.timeout)
     if not comparison.deterministic:
-        _prove(run, model, work)
+        _prove(run, work)
         run.notes.append(
             "the source's outputs differ from run to run; verified by proof (the copies of each weight sum to it) and "
             "structure (onnxruntime loads and runs the result) only"
@@ -263,12 +362,12 @@ def _tolerance(work: Work) -> float:
     return max((TOLERANCES[kind] for kind in kinds), default=TOLERANCES[onnx.TensorProto.FLOAT])
 
 
-def _prove(run: Run, model: Model, work: Work) -> None:
+def _prove(run: Run, work: Work) -> None:
     """Show for each layer that the copies of its weight sum to it."""
     tolerance = run.recipe.tolerance or _tolerance(work)
     for plan in work.plans:
         if plan.extra and not plan.declined:
-            error = recombination_error(plan.layer.weight.read(model), plan.splits, plan.axes, plan.step)
+            error = recombination_error(work.values(plan), plan.splits, plan.axes, plan.step)
             if error > tolerance:
                 raise VerificationFailed(
                     f"the copies of the weight of {plan.layer.name!r} do not sum to it (error {error:.2g}); "
@@ -309,7 +408,7 @@ def _finish(
         "recipe": run.recipe.plain(),
         "notes": run.notes,
         "layers": layer_rows(work.plans, declined),
-        "overhead": overhead(work.plans),
+        "overhead": overhead(work.plans, work.statistics),
         "size": {"before": size, "after": after},
         "verification": verified,
         "seconds": {name: round(value, 4) for name, value in run.seconds.items()},
@@ -320,7 +419,8 @@ def _finish(
 def survey(source: Source, recipe: Recipe) -> list[dict[str, Any]]:
     """The decisions for each layer, with what they rest on; the model is not touched."""
     model = Model.load(source)
-    run = Run(replace(recipe, float=True), source, None, Path(), None, 0.0, lambda stage: None, narrow=False)
+    weights_only = replace(recipe, float=True, act_bits=None, act_ratio=0.0, act_split="static")
+    run = Run(weights_only, source, None, Path(), None, Calibration(), 0.0, lambda stage: None, narrow=False)
     work, declined = _decide(run, model)
     rows = layer_rows(work.plans, declined)
     for row, plan in zip(rows, work.plans, strict=False):

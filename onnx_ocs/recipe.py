@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from onnx_ocs.calibrate import BATCH, STRIDE
 from onnx_ocs.errors import BadRecipe
 from onnx_ocs.graph.layers import READERS
 from onnx_ocs.numerics.clip import parse_clip
@@ -19,6 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "split": ("qa", "naive"),
     "split_policy": tuple(POLICIES),
     "first": ("float", "int8", "same"),
+    "act_split": ("static", "dynamic"),
     "container": ("auto", "int8"),
     "target": ("generic",),
 }
@@ -55,6 +57,15 @@ class Recipe:
     split: str = "qa"
     split_policy: str = "even"
     float: bool = False
+    act_bits: int | None = None
+    act_clip: str = "mse"
+    act_ratio: Number = 0.0
+    act_split: str = "static"
+    act_unsigned: bool = False
+    calibration_samples: int | None = None
+    batch: int = BATCH
+    calibration_stride: int = STRIDE
+    fold_bn: bool = True
     first: str = "int8"
     quantize_ops: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
@@ -73,7 +84,9 @@ class Recipe:
             if not isinstance(value, str | list | tuple) or not all(isinstance(text, str) for text in value):
                 raise ValueError(f"{name} must be a text or a list of texts, not {value!r}")
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        object.__setattr__(self, "clip", str(self.clip))
+        for name in ("clip", "act_clip"):
+            object.__setattr__(self, name, str(getattr(self, name)))
+            parse_clip(getattr(self, name))
         for item in fields(self):
             value, kind = getattr(self, item.name), type(item.default)
             if isinstance(item.default, bool) and not isinstance(value, bool):
@@ -85,15 +98,26 @@ class Recipe:
         unknown = sorted(set(self.quantize_ops) - set(READERS))
         if unknown:
             raise ValueError(f"quantize-ops must be among {', '.join(READERS)}, not {unknown[0]!r}")
-        if self.bits is not None and (not isinstance(self.bits, int) or self.bits not in BITS):
-            raise ValueError(f"bits must be none or one of {', '.join(map(str, BITS))}, not {self.bits}")
-        if not 0 <= self.ratio <= 1:
-            raise ValueError(f"ratio must be from 0 to 1, not {self.ratio}")
-        parse_clip(self.clip)
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
+        for name in ("bits", "act_bits"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value not in BITS):
+                widths = ", ".join(map(str, BITS))
+                raise ValueError(f"{name.replace('_', '-')} must be none or one of {widths}, not {value}")
+        for name in ("ratio", "act_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name.replace('_', '-')} must be from 0 to 1, not {getattr(self, name)}")
+        for name in ("calibration_samples", "batch", "calibration_stride"):
+            number = getattr(self, name)
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+                raise ValueError(f"{name.replace('_', '-')} must be a whole number of at least 1, not {number}")
+        if self.act_bits is None and (self.act_split == "dynamic" or self.act_ratio):
+            raise ValueError("activations stay float without act-bits, which act-split and act-ratio need")
+        if self.float and self.act_split == "dynamic":
+            raise ValueError("act-split dynamic chooses channels for the scales of a batch; a float model has none")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
                 option = name.replace("_", "-")
-                raise ValueError(f"{option} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+                raise ValueError(f"{option} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         for pattern in (*self.only, *self.skip):
             try:
                 re.compile(pattern)
@@ -103,6 +127,11 @@ class Recipe:
             raise ValueError(f"tolerance must be positive, not {self.tolerance}")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be a whole number of at least 0, not {self.seed}")
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether samples are needed to choose the scales of activations."""
+        return self.act_bits is not None and self.act_split == "static"
 
     @classmethod
     def of(

@@ -1,11 +1,13 @@
 """What was done, as the plain data that the report file and the table show."""
 
 import math
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from onnx_ocs.graph.layers import Declined
 from onnx_ocs.numerics.split import joined
+from onnx_ocs.numerics.statistics import Statistics
 from onnx_ocs.passes.base import LayerPlan
 from onnx_ocs.verify import Comparison
 
@@ -20,11 +22,10 @@ def layer_rows(plans: Iterable[LayerPlan], declined: Iterable[Declined]) -> list
 
 
 def _row(plan: LayerPlan) -> dict[str, Any]:
-    assert plan.threshold is not None
     return {
         "name": plan.layer.name,
         "op": plan.layer.node.op,
-        "status": "split" if plan.extra else "quantized",
+        "status": "split" if plan.expanded > plan.channels else "quantized",
         "reason": plan.reason,
         "channels": plan.channels,
         "extra": plan.extra,
@@ -32,8 +33,26 @@ def _row(plan: LayerPlan) -> dict[str, Any]:
         "bits": plan.bits,
         "storage": plan.storage,
         "granularity": "channel" if plan.per_channel else "tensor",
-        "threshold": [float(value) for value in plan.threshold.reshape(-1)],
+        "threshold": None if plan.threshold is None else [float(value) for value in plan.threshold.reshape(-1)],
         "sqnr_db": plan.sqnr_db,
+        **_activation(plan),
+    }
+
+
+def _activation(plan: LayerPlan) -> dict[str, Any]:
+    """What was done with the data of a layer."""
+    data = plan.activation
+    if data is None:
+        return {"act_bits": None, "act_reason": plan.float_data, "act_extra": 0}
+    split = joined(list(data.splits)) if data.splits else None
+    return {
+        "act_bits": data.bits,
+        "act_reason": data.reason,
+        "act_extra": data.extra,
+        "act_source": split.source.tolist() if split is not None and split.extra else None,
+        "act_scale": "static" if data.by_batch is None else "batch",
+        "act_unsigned": data.unsigned,
+        "act_threshold": data.threshold,
     }
 
 
@@ -49,20 +68,21 @@ def _declined_row(name: str, op: str, reason: str | None) -> dict[str, Any]:
     }
 
 
-def overhead(plans: Iterable[LayerPlan]) -> dict[str, float]:
-    """Weights and input channels after splitting relative to before, over all layers that are not declined."""
-    before = after = channels = expanded = 0
-    for plan in plans:
-        if plan.declined:
-            continue
-        size = math.prod(plan.layer.weight.shape)
-        before += size
-        after += size * (plan.channels + plan.extra) // plan.channels
-        channels += plan.channels
-        expanded += plan.channels + plan.extra
+def overhead(plans: Iterable[LayerPlan], seen: Mapping[str, Statistics]) -> dict[str, float]:
+    """Weights and data after splitting relative to before, over all layers that are not declined.
+
+    As in Table 5 of Zhao et al. The data of a layer counts by its values per sample where calibration counted them for
+    all layers, else by its channels.
+    """
+    kept = [plan for plan in plans if not plan.declined]
+    weights = [math.prod(plan.layer.weight.shape) for plan in kept]
+    found = [seen.get(plan.observed.key) if plan.observed else None for plan in kept]
+    counted = [one.values / one.samples for one in found if one is not None]
+    data = counted if len(counted) == len(kept) else [plan.channels for plan in kept]
+    growth = [plan.expanded / plan.channels for plan in kept]
     return {
-        "weights": after / before if before else 1.0,
-        "activations": expanded / channels if channels else 1.0,
+        name: sum(map(operator.mul, sizes, growth)) / sum(sizes) if kept else 1.0
+        for name, sizes in (("weights", weights), ("activations", data))
     }
 
 

@@ -3,15 +3,7 @@
 A model that nobody here made may crash the runtime or never return; in a child process that is one clear error.
 """
 
-import contextlib
-import json
 import math
-import os
-import resource
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from onnx_ocs import child
 from onnx_ocs.errors import BadSamples, OcsError, RuntimeFailed, UnsupportedModel
 from onnx_ocs.graph.samples import GUESSES, Batch, Input, generate, read_samples
 from onnx_ocs.graph.session import Session
 from onnx_ocs.numerics.compare import Difference, is_float
 
-TIMEOUT = 1800.0
 GENERATED = 8
 """Samples that are generated where none are given."""
 
@@ -58,7 +50,7 @@ class Comparison:
     inputs: dict[str, list[int]]  # shapes of the first batch
 
 
-def compare(request: Request, timeout: float = TIMEOUT) -> Comparison:
+def compare(request: Request, timeout: float = child.TIMEOUT) -> Comparison:
     """Run the models on the same samples in a child process.
 
     Raises:
@@ -66,25 +58,7 @@ def compare(request: Request, timeout: float = TIMEOUT) -> Comparison:
         RuntimeFailed: a candidate is refused, or the runtime crashed or ran out of time.
         BadSamples: the samples do not fit.
     """
-    with tempfile.TemporaryDirectory(prefix="onnx-ocs-") as folder:
-        asked, answered, where = (Path(folder, name) for name in ("request.json", "answer.json", "stage"))
-        asked.write_text(json.dumps(asdict(request)))
-        command = [sys.executable, "-m", "onnx_ocs.verify", str(asked), str(answered), str(where)]
-        try:
-            ended = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=timeout
-            )
-        except subprocess.TimeoutExpired:
-            raise RuntimeFailed(
-                f"{_stage(where)}: onnxruntime did not end within {timeout:.0f} s; give smaller --inputs or --no-verify"
-            ) from None
-        if not answered.exists():
-            raise RuntimeFailed(f"{_stage(where)}: onnxruntime crashed ({_cause(ended)}); --no-verify does without it")
-        answer = json.loads(answered.read_text())
-    if "error" in answer:
-        kinds = {kind.__name__: kind for kind in (BadSamples, RuntimeFailed, UnsupportedModel)}
-        raise kinds[answer["error"]](answer["message"])
-    return Comparison(**answer)
+    return Comparison(**child.call("onnx_ocs.verify", asdict(request), timeout))
 
 
 def loads(path: Path) -> bool:
@@ -94,18 +68,6 @@ def loads(path: Path) -> bool:
     except OcsError:
         return False
     return True
-
-
-def _stage(where: Path) -> str:
-    return where.read_text() if where.exists() else "verification"
-
-
-def _cause(ended: subprocess.CompletedProcess[bytes]) -> str:
-    if ended.returncode < 0:
-        with contextlib.suppress(ValueError):
-            return signal.Signals(-ended.returncode).name
-    lines = ended.stderr.decode(errors="replace").strip().splitlines()
-    return lines[-1][:200] if lines else f"exit status {ended.returncode}"
 
 
 def judge_split(comparison: Comparison, tolerance: float, stage: str = "split") -> str | None:
@@ -154,26 +116,8 @@ def judge_check(
     return judge_quantized(comparison, min_sqnr if min_sqnr is not None else -math.inf, stage)
 
 
-def _serve(asked: Path, answered: Path, where: Path) -> None:
-    """The child: compare and write the answer."""
-    _limit_memory()
-    request = Request(**json.loads(asked.read_text()))
-    try:
-        answer: dict[str, Any] = asdict(_compare(request, where))
-    except OcsError as error:
-        answer = {"error": type(error).__name__, "message": str(error)}
-    answered.write_text(json.dumps(answer))
-
-
-def _limit_memory() -> None:
-    """At most the memory of the machine, so that a runaway ends this process and no other."""
-    with contextlib.suppress(ValueError, OSError):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_DATA, (memory, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-
-
-def _compare(request: Request, where: Path) -> Comparison:
-    where.write_text(f"loading {request.reference}")
+def _compare(request: Request, say: child.Report) -> Comparison:
+    say(f"loading {request.reference}")
     try:
         reference = Session(Path(request.reference))
     except RuntimeFailed as error:
@@ -182,7 +126,7 @@ def _compare(request: Request, where: Path) -> Comparison:
         ) from None
     candidates = {}
     for stage, path in request.candidates.items():
-        where.write_text(f"loading the {stage} model")
+        say(f"loading the {stage} model")
         try:
             candidates[stage] = Session(Path(path))
         except RuntimeFailed as error:
@@ -192,14 +136,14 @@ def _compare(request: Request, where: Path) -> Comparison:
     found: dict[str, dict[str, Difference]] = {stage: {} for stage in candidates}
     noise: dict[str, float] = {}
     deterministic, samples, shapes = True, 0, {}
-    for number, batch in enumerate(_batches(request, reference, where)):
-        where.write_text(f"running {request.reference}")
+    for number, batch in enumerate(_batches(request, reference, say)):
+        say(f"running {request.reference}")
         outputs = _run(reference, batch, request)
         if number == 0:
             shapes = {name: list(values.shape) for name, values in batch.feed.items()}
             deterministic, noise = _own_noise(request, reference, batch, outputs)
         for stage, session in candidates.items():
-            where.write_text(f"running the {stage} model")
+            say(f"running the {stage} model")
             try:
                 results = session.run(batch.feed)
             except RuntimeFailed as error:
@@ -224,14 +168,14 @@ def _run(reference: Session, batch: Batch, request: Request) -> dict[str, Any]:
         raise BadSamples(f"{request.reference}: the model fails on these samples ({error}); check them") from None
 
 
-def _batches(request: Request, reference: Session, where: Path) -> Iterator[Batch]:
+def _batches(request: Request, reference: Session, say: child.Report) -> Iterator[Batch]:
     if request.count == 0:
         return
     if request.samples is not None:
         limit = request.count if request.count > 0 else None
         yield from read_samples(Path(request.samples), reference.inputs, limit=limit)
         return
-    where.write_text(f"running {request.reference} on generated samples")
+    say(f"running {request.reference} on generated samples")
     guess = _working_guess(request, reference)
     rng = np.random.default_rng(request.seed)
     made, free = 0, _free_batch(reference.inputs)
@@ -297,4 +241,4 @@ def _relative(first: dict[str, Any], second: dict[str, Any]) -> dict[str, float]
 
 
 if __name__ == "__main__":
-    _serve(*(Path(argument) for argument in sys.argv[1:4]))
+    child.serve(lambda asked, say: asdict(_compare(Request(**asked), say)))

@@ -10,23 +10,23 @@ import onnx.parser
 import pytest
 from operators import HEAD, row_model, with_weights
 
-from onnx_ocs import RuntimeFailed, UnsupportedModel, VerificationFailed, check, quantize, split, verify
-from onnx_ocs.passes.split_weights import SplitWeights
+from onnx_ocs import RuntimeFailed, UnsupportedModel, VerificationFailed, check, child, quantize, split
+from onnx_ocs.passes.split_channels import SplitChannels
 
 
 def model_of(text):
     return with_weights(onnx.parser.parse_model(f"{HEAD} {text}"))
 
 
-def child(monkeypatch, code):
+def instead(monkeypatch, code):
     """Let the child process be another program."""
     monkeypatch.setattr(sys, "executable", "/bin/sh")
-    original = verify.subprocess.run
+    original = child.subprocess.run
 
     def run(command, **options):
         return original([sys.executable, "-c", code], **options)
 
-    monkeypatch.setattr(verify.subprocess, "run", run)
+    monkeypatch.setattr(child.subprocess, "run", run)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def child(monkeypatch, code):
     ],
 )
 def test_a_crash_or_a_runaway_of_the_runtime_is_a_clear_error(monkeypatch, tmp_path, code, words):
-    child(monkeypatch, code)
+    instead(monkeypatch, code)
     with pytest.raises(RuntimeFailed, match=words):
         quantize(row_model("Conv 2-D"), tmp_path / "out.onnx", timeout=1)
     assert list(tmp_path.iterdir()) == []
@@ -46,13 +46,13 @@ def test_a_crash_or_a_runaway_of_the_runtime_is_a_clear_error(monkeypatch, tmp_p
 
 def test_a_wrong_split_never_passes(monkeypatch, tmp_path):
     """A surgery bug shows in the tight comparison of the split model, whatever the bits."""
-    original = SplitWeights._tensor
+    original = SplitChannels._tensor
 
     def wrong(self, work, plan):
         tensor = original(self, work, plan)
         return work.editor.model.tensor("", tensor.data_type, tuple(tensor.dims), bytes(4 * int(np.prod(tensor.dims))))
 
-    monkeypatch.setattr(SplitWeights, "_tensor", wrong)
+    monkeypatch.setattr(SplitChannels, "_tensor", wrong)
     with pytest.raises(VerificationFailed, match="the split model does not pass"):
         quantize(row_model("Conv 2-D"), tmp_path / "out.onnx", bits=2, first="same")
     assert list(tmp_path.iterdir()) == []

@@ -88,7 +88,7 @@ class Editor:
         self.scopes: list[Scope] = []
         self.lost_inputs: list[str] = []  # inputs whose default value was a weight that is gone
         self._names: set[str] = set()
-        self._gathers: dict[tuple[int, str, int, bytes], gs.Variable] = {}
+        self._made: dict[tuple[Any, ...], Any] = {}  # what layers share, by what they asked for
         graph = gs.import_onnx(self.proto)
         self._enter(Scope(graph, self.proto.graph, "", model.opset()))
         for function, proto in zip(graph.functions, self.proto.functions, strict=True):
@@ -161,6 +161,13 @@ class Editor:
         nodes.insert(next(i for i, node in enumerate(nodes) if node is before), made)
         return output
 
+    def once(self, scope: Scope, make: Callable[[], Any], *asked: Any) -> Any:
+        """What ``make`` makes; the same again for all layers of one graph that ask for the same."""
+        key = (id(scope), *asked)
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
     def gather(
         self,
         scope: Scope,
@@ -169,26 +176,72 @@ class Editor:
         axis: int,
         before: gs.Node,
         gain: NDArray[np.floating] | None = None,
+        offset: NDArray[np.floating] | None = None,
     ) -> gs.Variable:
-        """``data`` with its channels ``source`` along ``axis``, each multiplied by its ``gain`` if one is given.
+        """``data`` with its channels ``source`` along ``axis``, each multiplied by its ``gain`` and then moved by its
+        ``offset`` if these are given.
 
         Layers of one graph that ask for the same channels of the same tensor share the nodes.
 
         Args:
             data: (..., C, ...), channels along ``axis``, which is counted from the end.
             source: (C + k,), which channel each expanded channel copies.
-            gain: (C + k,), in the type of ``data``.
+            gain, offset: (C + k,), in the type of ``data``.
         """
-        key = (id(scope), data.name, axis, source.tobytes() + (b"" if gain is None else gain.tobytes()))
-        if key not in self._gathers:
+
+        def make() -> gs.Variable:
             indices = self.constant(scope, f"{data.name}.channels", source)
-            expanded = self.node(scope, "Gather", [data, indices], f"{data.name}.split", before, axis=axis)
-            if gain is not None:
-                shaped = gain.reshape(-1, *[1] * (-1 - axis))
-                factor = self.constant(scope, f"{data.name}.gain", shaped)
-                expanded = self.node(scope, "Mul", [expanded, factor], f"{data.name}.scaled", before)
-            self._gathers[key] = expanded
-        return self._gathers[key]
+            made = self.node(scope, "Gather", [data, indices], f"{data.name}.split", before, axis=axis)
+            for op, name, values in (("Mul", "gain", gain), ("Add", "offset", offset)):
+                if values is not None:
+                    shaped = values.reshape(-1, *[1] * (-1 - axis))
+                    factor = self.constant(scope, f"{data.name}.{name}", shaped)
+                    made = self.node(scope, op, [made, factor], f"{data.name}.{op.lower()}", before)
+            return made
+
+        parts = (b"" if values is None else values.tobytes() for values in (gain, offset))
+        return self.once(scope, make, "gather", data.name, axis, source.tobytes(), *parts)
+
+    def quantized(
+        self,
+        scope: Scope,
+        data: gs.Tensor,
+        step: NDArray[np.float32] | gs.Tensor,
+        limits: tuple[int, int],
+        like: int,
+        before: gs.Node,
+    ) -> gs.Variable:
+        """``data`` rounded to multiples of ``step`` by QuantizeLinear and DequantizeLinear, with zero point 0.
+
+        The integers are INT8, or UINT8 where ``limits`` say that none is negative; limits that are narrower than the
+        type are held by a Clip of the integers. Layers that ask for the same share the nodes.
+
+        Args:
+            step: (), a constant or a value of the graph.
+            like: the element type of ``data``.
+        """
+
+        def make() -> gs.Variable:
+            kind = np.uint8 if limits[0] == 0 else np.int8
+            name = data.name
+            scale = step if isinstance(step, gs.Tensor) else self.constant(scope, f"{name}.scale", step)
+            zero = self.constant(scope, f"{name}.zero_point", np.zeros((), kind))
+            values = self.cast(scope, data, like, onnx.TensorProto.FLOAT, before)
+            made = self.node(scope, "QuantizeLinear", [values, scale, zero], f"{name}.quantized", before)
+            if limits[1] < np.iinfo(kind).max:
+                ends = [self.constant(scope, f"{name}.limit", np.array(limit, kind)) for limit in limits]
+                made = self.node(scope, "Clip", [made, *ends], f"{name}.clipped", before)
+            made = self.node(scope, "DequantizeLinear", [made, scale, zero], f"{name}.dequantized", before)
+            return self.cast(scope, made, onnx.TensorProto.FLOAT, like, before)
+
+        asked = step.name if isinstance(step, gs.Tensor) else step.tobytes()
+        return self.once(scope, make, "quantized", data.name, asked, limits)
+
+    def cast(self, scope: Scope, data: gs.Tensor, held: int, wanted: int, before: gs.Node) -> gs.Tensor:
+        """``data`` of element type ``held`` as ``wanted``."""
+        if held == wanted:
+            return data
+        return self.node(scope, "Cast", [data], f"{data.name}.cast", before, to=wanted)
 
     def dequantize(
         self, scope: Scope, integers: onnx.TensorProto, step: NDArray[np.float32], axis: int, like: int, before: gs.Node
@@ -207,15 +260,31 @@ class Editor:
         ]
         attributes = {"axis": axis} if step.ndim else {}
         output = self.node(scope, "DequantizeLinear", inputs, f"{name}.dequantized", before, **attributes)
-        if like != onnx.TensorProto.FLOAT:
-            output = self.node(scope, "Cast", [output], f"{name}.cast", before, to=like)
-        return output
+        return self.cast(scope, output, onnx.TensorProto.FLOAT, like, before)
 
     def rewire(self, node: gs.Node, index: int, tensor: gs.Tensor) -> None:
-        """Let input ``index`` of ``node`` read ``tensor``; what nothing reads any more goes."""
+        """Let input ``index`` of ``node``, its next one perhaps, read ``tensor``; what nothing reads any more goes."""
+        if index == len(node.inputs):
+            node.inputs.append(tensor)
+            return
         old = node.inputs[index]
         node.inputs[index] = tensor
         self._drop(old)
+
+    def is_result(self, tensor: gs.Tensor) -> bool:
+        """Whether ``tensor`` is an output of its graph."""
+        return tensor.name in self._results
+
+    def bypass(self, scope: Scope, maker: gs.Node, node: gs.Node) -> None:
+        """Let ``maker`` make the output of ``node``, the only one that is read, and remove ``node``."""
+        (output,) = [tensor for tensor in node.outputs if tensor.name and (tensor.outputs or self.is_result(tensor))]
+        inputs = list(node.inputs)
+        node.inputs.clear()
+        node.outputs.clear()
+        maker.outputs[0] = output
+        scope.graph.nodes[:] = [other for other in scope.graph.nodes if other is not node]
+        for tensor in inputs:
+            self._drop(tensor)
 
     def _drop(self, tensor: gs.Tensor) -> None:
         """Remove the constant, or the node that makes ``tensor``, if nothing reads it; and so on upwards."""
@@ -261,19 +330,20 @@ class Editor:
 def _patch(scope: Scope) -> None:
     """Write the nodes and constants of ``scope`` into its proto, where they differ."""
     proto, nodes = scope.proto, scope.graph.nodes
+    before = {name for node in proto.node for name in node.output}
     wanted = {id(node) for node in nodes}
-    for index, (key, (_, source)) in reversed(list(enumerate(scope.sources.items()))):
+    for index, key in reversed(list(enumerate(scope.sources))):
         if key not in wanted:
-            gone = set(source.output)
-            _keep(proto.value_info, lambda value, gone=gone: value.name not in gone)  # type: ignore[misc]
             del proto.node[index]
     for index, node in enumerate(nodes):
         if id(node) not in scope.sources:
             proto.node.insert(index, OnnxExporter.export_node(node))
     for node, source in zip(nodes, proto.node, strict=True):
-        inputs = [tensor.name for tensor in node.inputs]
-        if inputs != list(source.input):
-            source.input[:] = inputs
+        for tensors, names in ((node.inputs, source.input), (node.outputs, source.output)):
+            if [tensor.name for tensor in tensors] != list(names):
+                names[:] = [tensor.name for tensor in tensors]
+    gone = before - {name for node in proto.node for name in node.output}
+    _keep(proto.value_info, lambda value: value.name not in gone)
     scope.sources = {id(node): (node, source) for node, source in zip(nodes, proto.node, strict=True)}
     if isinstance(proto, onnx.GraphProto):
         _keep(proto.initializer, lambda tensor: tensor.name not in scope.dropped)

@@ -74,6 +74,12 @@ class Layer:
     groups_on_input: bool = False  # the groups stand behind each other along the input axis, not the output axis
 
     @property
+    def channels(self) -> int:
+        """Channels of the data in the source."""
+        held = self.weight.shape[self.input_axis]
+        return held if self.groups_on_input else held * self.groups
+
+    @property
     def data(self) -> gs.Tensor:
         return self.node.inputs[self.data_input]
 

@@ -6,6 +6,8 @@ are read one tensor at a time, and are copied to the target one tensor at a time
 tensor, not the model. Everything but the payloads is ordinary protobuf, so nothing that the source holds is lost.
 """
 
+import copy
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +70,12 @@ class Model:
             raise UnsupportedModel(f"{model.name}: not an ONNX model: it holds no graph; check the file")
         return model
 
+    def sharing(self, proto: onnx.ModelProto) -> "Model":
+        """A model of ``proto``, whose tensors refer to the payloads of this one."""
+        made = copy.copy(self)
+        made.proto = proto
+        return made
+
     def opset(self) -> int:
         """Version of the standard operators; 1 where the model names none."""
         return opset_of(self.proto.opset_import)
@@ -92,6 +100,13 @@ class Model:
         else:
             self._refer(made, Blob(self._spool.keep(payload)))
         return made
+
+    def digest(self) -> str:
+        """The SHA-256 of the serialized model with its weights, by which it is known again."""
+        found = hashlib.sha256()
+        for buffer in wire.buffers(self.chunks()):
+            found.update(buffer)
+        return found.hexdigest()
 
     def nbytes(self) -> int:
         """Bytes of the serialized model with its weights."""

@@ -1,8 +1,9 @@
 """Samples for the inputs of a model: read from files in batches, or generated from a seed."""
 
 import contextlib
+import itertools
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from onnx_ocs.errors import BadSamples
 
 Feed = dict[str, NDArray[Any]]
+Samples = str | Path | NDArray[Any] | Mapping[str, NDArray[Any]] | Iterable[Any]
+"""A file or folder, the arrays that an .npz or .npy would hold, or an iterable of such arrays, a few samples each."""
 LABELS = ("label", "labels")
 """Arrays of these names hold the class of each sample, not an input."""
 
@@ -78,6 +81,29 @@ def read_samples(path: Path, inputs: list[Input], batch: int = 32, limit: int | 
                 left -= made.count
                 if left <= 0:
                     return
+
+
+def stored(samples: Samples, folder: Path, limit: int | None = None) -> Path:
+    """The path of ``samples``; arrays are written to ``folder`` first, one file after the other as they come.
+
+    Args:
+        limit: an iterable is not read beyond so many items.
+
+    Raises:
+        BadSamples: an item is neither an array nor arrays by name.
+    """
+    if isinstance(samples, str | Path):
+        return Path(samples)
+    folder.mkdir()
+    items = [samples] if isinstance(samples, np.ndarray | Mapping) else itertools.islice(samples, limit)
+    for number, item in enumerate(items):
+        if isinstance(item, Mapping):
+            np.savez(folder / f"{number:08}.npz", **{name: np.asarray(values) for name, values in item.items()})  # type: ignore[arg-type]
+        elif isinstance(item, np.ndarray):
+            np.save(folder / f"{number:08}.npy", np.ascontiguousarray(item))
+        else:
+            raise BadSamples(f"sample {number} is a {type(item).__name__}; give an array, or a dict of them by input")
+    return folder
 
 
 def _files(path: Path) -> list[Path]:

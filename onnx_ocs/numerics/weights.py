@@ -18,7 +18,6 @@ from onnx_ocs.numerics.split import (
     copies_per_tensor,
     deal,
     expand,
-    extra_channels,
     joined,
     plan_splits,
     recombine,
@@ -64,13 +63,12 @@ def largest(weight: NDArray[Any]) -> float:
 
 
 def choose_splits(
-    peaks: NDArray[np.floating], ratio: float, per_channel: bool, policy: str, groups_on_input: bool = False
+    peaks: NDArray[np.floating], extra: int, per_channel: bool, policy: str, groups_on_input: bool = False
 ) -> tuple[SplitPlan, ...]:
-    """A plan for each group, with ``ceil(ratio * inputs)`` extra channels each (Zhao et al., Section 3.4).
+    """A plan for each group, with ``extra`` more channels each.
 
     Groups along the input axis share one plan over all their channels.
     """
-    extra = extra_channels(ratio, peaks.shape[2])
     choose = copies_per_row if per_channel else _copies_of_all
     plans = [plan_splits(choose(group, extra, policy), policy) for group in peaks]
     return (joined(plans),) if groups_on_input else tuple(plans)

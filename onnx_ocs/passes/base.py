@@ -10,14 +10,47 @@ from numpy.typing import NDArray
 
 from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.layers import Layer
+from onnx_ocs.graph.observe import Observed
+from onnx_ocs.numerics.grid import Grid
 from onnx_ocs.numerics.split import SplitPlan
-from onnx_ocs.numerics.weights import Axes
+from onnx_ocs.numerics.statistics import Statistics
+from onnx_ocs.numerics.weights import Axes, by_group
 
 FIRST_LAYER_CHANNELS = 4
 """A layer that reads a graph input with so few channels is a first layer: RGB, RGBA, grey, raw features."""
 
+FIRST_LAYER_BITS = 8
+"""Of first layers, under ``--first int8``."""
+
 ARRANGING = {"Identity", "Cast", "Transpose", "Pad", "Add", "Sub", "Mul", "Div", "BatchNormalization"}
 """Operators that prepare an input, and pass its channels on."""
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationPlan:
+    """What was decided for the data of one layer."""
+
+    bits: int
+    unsigned: bool = False  # a grid from 0 on, for data that is never negative
+    splits: tuple[SplitPlan, ...] = ()  # one, or one for each group; none where nothing is split
+    by_batch: int | None = None  # channels that the graph itself splits for each batch; none: the plan is static
+    threshold: float | None = None
+    step: NDArray[np.float32] | None = None  # ()
+    step_of_batch: gs.Tensor | None = None  # the value of the graph that is the step instead
+    reason: str | None = None  # why no channel is split
+
+    @property
+    def extra(self) -> int:
+        """Channels added to the data."""
+        return self.by_batch or sum(split.extra for split in self.splits)
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The least and the largest integer of the grid; 8 bits have the whole type."""
+        if self.unsigned:
+            return 0, 2**self.bits - 1
+        levels = Grid(self.bits).levels
+        return (-levels, levels) if self.bits < 8 else (-128, 127)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,15 +58,19 @@ class LayerPlan:
     """What was decided for one layer. Deciding fills it, editing reads it, the report prints it."""
 
     layer: Layer
+    observed: Observed | None = None  # its data, where calibration can see it
     reason: str | None = None  # why the layer is not split, or is left as it is
     declined: bool = False  # left as it is
-    splits: tuple[SplitPlan, ...] = ()  # one, or one for each group
+    splits: tuple[SplitPlan, ...] = ()  # of the weight; one, or one for each group
     bits: int | None = None
     per_channel: bool = False
     storage: int = 8  # bits of the integer type
     threshold: NDArray[np.float64] | None = None  # () or (outputs,)
     step: NDArray[np.float32] | None = None  # () or (outputs,)
     sqnr_db: float | None = None  # of the weight that was written
+    activation: ActivationPlan | None = None
+    float_data: str | None = None  # why the data stays float
+    reader: tuple[gs.Node, int] | None = None  # the input that the weight is read by, where it is not the layer's
 
     @property
     def axes(self) -> Axes:
@@ -42,20 +79,35 @@ class LayerPlan:
 
     @property
     def extra(self) -> int:
-        """Channels added to the layer's data."""
+        """Channels added to the layer's data by splitting the weight."""
         return sum(split.extra for split in self.splits)
 
     @property
     def channels(self) -> int:
         """Channels of the layer's data in the source."""
-        layer = self.layer
-        held = layer.weight.shape[layer.input_axis]
-        return held if layer.groups_on_input else held * layer.groups
+        return self.layer.channels
+
+    @property
+    def expanded(self) -> int:
+        """Channels of the layer's data after all splits."""
+        return self.channels + self.extra + (self.activation.extra if self.activation else 0)
+
+    @property
+    def static_extra(self) -> int:
+        """Channels added to the layer's data ahead of the graph's run."""
+        return self.extra + sum(split.extra for split in self.data_splits)
+
+    @property
+    def data_splits(self) -> tuple[SplitPlan, ...]:
+        """How the data is split ahead of the graph's run; one, or one for each group."""
+        return self.activation.splits if self.activation else ()
 
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for two layers whose new weights are the same."""
-        splits = tuple((s.source.tobytes(), s.denominator.tobytes(), s.phase.tobytes()) for s in self.splits)
+        splits = tuple(
+            (s.source.tobytes(), s.denominator.tobytes(), s.phase.tobytes()) for s in (*self.data_splits, *self.splits)
+        )
         step = b"" if self.step is None else self.step.tobytes()
         return (self.layer.weight.key, self.axes, splits, self.bits, self.per_channel, step)
 
@@ -66,11 +118,15 @@ class Work:
 
     editor: Editor
     plans: list[LayerPlan]
-    notes: list[str] = field(default_factory=list)  # for the report
+    statistics: Mapping[str, Statistics] = field(default_factory=dict)  # of the data of layers, by Observed.key
 
     def values(self, plan: LayerPlan) -> NDArray[Any]:
-        """The weight of a layer as the source has it."""
-        return plan.layer.weight.read(self.editor.model)
+        """The weight of a layer as the source has it, once for each copy of a channel of its data."""
+        values = plan.layer.weight.read(self.editor.model)
+        if plan.static_extra == plan.extra:
+            return values
+        axis = plan.axes.input
+        return by_group(lambda split, part: part.take(split.source, axis), plan.data_splits, plan.axes, values)
 
     def readers(self) -> Mapping[tuple[Any, ...], int]:
         """How many layers will read each new weight."""
@@ -101,3 +157,23 @@ def is_first(plan: LayerPlan) -> bool:
             return False
         tensor = running[0]
     return any(tensor is source for source in plan.layer.scope.graph.inputs)
+
+
+def unsplit(plan: LayerPlan, ratio: float) -> str | None:
+    """Why the channels of a layer are not split, whatever they hold; None if they may be."""
+    if ratio == 0:
+        return "ratio 0"
+    if is_first(plan):
+        return f"reads a graph input with {FIRST_LAYER_CHANNELS} channels or fewer"
+    if plan.channels == plan.layer.groups:
+        return "depthwise: one input channel per group" if plan.layer.groups > 1 else "one input channel"
+    return None
+
+
+def observed(editor: Editor, layer: Layer) -> Observed | None:
+    """The data of a layer as calibration observes it; None where it is not a value of the main graph."""
+    main, data, name = editor.scopes[0], layer.data, layer.data.name
+    if not (main.holds(data) or any(data is source for source in main.graph.inputs)):
+        return None
+    rank = len(layer.weight.shape) if layer.node.op.startswith("Conv") else editor.ranks.get(name)
+    return Observed(name, layer.data_axis, layer.channels, rank, layer.weight.data_type)

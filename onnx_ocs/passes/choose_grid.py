@@ -4,9 +4,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from onnx_ocs.graph.integers import PER_CHANNEL_SINCE, narrowest, needed_opset
-from onnx_ocs.passes.base import LayerPlan, Work, is_first
-
-FIRST_LAYER_BITS = 8
+from onnx_ocs.passes.base import FIRST_LAYER_BITS, LayerPlan, Work, is_first
 
 
 @dataclass(frozen=True)

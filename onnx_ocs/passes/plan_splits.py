@@ -1,10 +1,11 @@
-"""Which input channels of each layer are split, and into how many copies."""
+"""Which input channels of each layer's weight are split, and into how many copies."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from onnx_ocs.numerics.split import extra_channels
 from onnx_ocs.numerics.weights import channel_peaks, choose_splits, no_split
-from onnx_ocs.passes.base import FIRST_LAYER_CHANNELS, LayerPlan, Work, is_first
+from onnx_ocs.passes.base import LayerPlan, Work, unsplit
 
 
 @dataclass(frozen=True)
@@ -15,27 +16,18 @@ class PlanSplits:
 
     ratio: float = 0.02
     policy: str = "even"
+    stored: bool = True  # weights that stay float are not split for their own sake
 
     def apply(self, work: Work) -> list[LayerPlan]:
         return [plan if plan.declined else self._visit(work, plan) for plan in work.plans]
 
     def _visit(self, work: Work, plan: LayerPlan) -> LayerPlan:
         weight, axes = work.values(plan), plan.axes
-        peaks = channel_peaks(weight, axes)
-        reason = self._unsplit(plan, peaks.shape[2], bool(peaks.any()))
+        reason = unsplit(plan, self.ratio) if self.stored else "its weights stay float (--bits none)"
+        if reason is None:
+            peaks = channel_peaks(weight, axes)
+            reason = None if peaks.any() else "all its weights are zero"
         if reason is not None:
             return replace(plan, reason=reason, splits=no_split(weight, axes))
-        splits = choose_splits(peaks, self.ratio, plan.per_channel, self.policy, axes.groups_on_input)
-        return replace(plan, splits=splits)
-
-    def _unsplit(self, plan: LayerPlan, inputs: int, any_weight: bool) -> str | None:
-        """Why the layer is not split; None if it is."""
-        if self.ratio == 0:
-            return "ratio 0"
-        if is_first(plan):
-            return f"reads a graph input with {FIRST_LAYER_CHANNELS} channels or fewer"
-        if inputs == 1:
-            return "depthwise: one input channel per group" if plan.layer.groups > 1 else "one input channel"
-        if not any_weight:
-            return "all its weights are zero"
-        return None
+        extra = extra_channels(self.ratio, plan.channels // plan.layer.groups)
+        return replace(plan, splits=choose_splits(peaks, extra, plan.per_channel, self.policy, axes.groups_on_input))

@@ -30,7 +30,7 @@ class QuantizeWeights:
         if plan.key not in made:
             made[plan.key] = self._dequantized(work, plan, readers)
         read, sqnr = made[plan.key]
-        edit.rewire(layer.node, layer.weight_input, read)
+        edit.rewire(*(plan.reader or (layer.node, layer.weight_input)), read)
         return replace(plan, sqnr_db=sqnr)
 
     def _dequantized(self, work: Work, plan: LayerPlan, readers: int) -> tuple[gs.Variable, float]:
@@ -41,6 +41,7 @@ class QuantizeWeights:
         name, width = layer.weight.tensor.name, plan.storage
         tensor = edit.model.tensor(name, TYPES[width], integers.shape, packed(integers, width))
         home = layer.weight.home
-        before = layer.scope.within(home, layer.node) if readers == 1 else home.graph.nodes[0]
+        reader = plan.reader[0] if plan.reader else layer.node
+        before = layer.scope.within(home, reader) if readers == 1 else home.graph.nodes[0]
         axis = layer.output_axis or 0
         return edit.dequantize(home, tensor, plan.step, axis, layer.weight.data_type, before), sqnr

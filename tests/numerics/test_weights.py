@@ -62,8 +62,8 @@ def test_copies_sum_to_the_nearest_integer(name, per_channel, policy, bits, rng)
     weight = (rng.standard_normal(shape) ** 3).astype(np.float32)
     per_channel = per_channel and axes.output is not None
     peaks = channel_peaks(weight, axes)
-    plans = choose_splits(peaks, 0.5, per_channel, policy, axes.groups_on_input)
     per_group = extra_channels(0.5, peaks.shape[2])
+    plans = choose_splits(peaks, per_group, per_channel, policy, axes.groups_on_input)
     assert sum(plan.extra for plan in plans) == per_group * axes.groups
     threshold = choose_threshold(weight, plans, axes, per_channel, "none", bits)
     shares = split_floats(weight, plans, axes, None)
@@ -90,7 +90,7 @@ def test_copies_sum_to_the_nearest_integer(name, per_channel, policy, bits, rng)
 def test_a_large_weight_is_worked_on_in_pieces_to_the_same_integers(aware, rng):
     weight = rng.standard_normal((40, CHUNK // 20)).astype(np.float32)
     axes = Axes(1, 0)
-    plans = choose_splits(channel_peaks(weight, axes), 0.001, True, "even")
+    plans = choose_splits(channel_peaks(weight, axes), extra_channels(0.001, weight.shape[1]), True, "even")
     step = Grid(5).step(choose_threshold(weight, plans, axes, True, "none", 5))
     integers, sqnr = split_integers(weight, plans, axes, step, 5, aware)
     rows = [split_integers(weight[i : i + 1], plans, axes, step[i : i + 1], 5, aware)[0] for i in range(40)]
@@ -102,7 +102,7 @@ def test_zero_rows_get_a_positive_step_and_zero_integers():
     weight = np.zeros((3, 4), np.float32)
     weight[1] = 1
     axes = Axes(1, 0)
-    plans = choose_splits(channel_peaks(weight, axes), 0.5, True, "even")
+    plans = choose_splits(channel_peaks(weight, axes), 2, True, "even")
     step = Grid(4).step(choose_threshold(weight, plans, axes, True, "none", 4))
     assert (step > 0).all()
     integers, _ = split_integers(weight, plans, axes, step, 4, True)
@@ -111,7 +111,7 @@ def test_zero_rows_get_a_positive_step_and_zero_integers():
 
 def test_naive_shares_are_rounded_one_by_one():
     weight = np.array([[3.0, 1.0]], np.float32)
-    plans = choose_splits(channel_peaks(weight, Axes(1, 0)), 0.5, False, "even")
+    plans = choose_splits(channel_peaks(weight, Axes(1, 0)), 1, False, "even")
     integers, _ = split_integers(weight, plans, Axes(1, 0), np.float32(1), 3, aware=False)
     np.testing.assert_array_equal(integers, [[2, 1, 2]])  # 1.5 and 1.5, each rounded up
     exact, _ = split_integers(weight, plans, Axes(1, 0), np.float32(1), 3, aware=True)

@@ -1,0 +1,221 @@
+"""Statistics of inner tensors, gathered while onnxruntime runs the samples in a process of its own.
+
+Each batch is folded into sums, extremes and histograms as it passes (:mod:`onnx_ocs.numerics.statistics`); memory does
+not grow with the number of samples. One pass over the samples: the percentile beyond which values count as outliers is
+that of all values seen so far. With a stride above 1 the histograms take every stride-th position, from a seeded
+start that differs from batch to batch; extremes and means are of all values always.
+"""
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_ocs import child
+from onnx_ocs.errors import BadSamples, RuntimeFailed
+from onnx_ocs.graph import files
+from onnx_ocs.graph.model import Model
+from onnx_ocs.graph.observe import START, Observed, observing, outputs
+from onnx_ocs.graph.samples import Batch, read_samples
+from onnx_ocs.graph.session import Session
+from onnx_ocs.numerics.statistics import Recorder, Statistics
+
+STRIDE = 17
+"""Positions from one taken value to the next; a prime, so that all columns of an image have their turn."""
+
+BATCH = 8
+"""Samples that run at a time."""
+
+FORMAT = 1
+"""Of the file of statistics."""
+
+Seen = Mapping[str, Statistics]  # by Observed.key
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to observe."""
+
+    model: str  # path of the observing model
+    name: str  # of the user's model, for messages
+    tensors: list[dict[str, Any]]  # Observed
+    samples: str  # path
+    target: str  # path of the statistics
+    limit: int | None
+    batch: int
+    stride: int
+    seed: int
+
+
+def calibrate(
+    model: Model,
+    tensors: list[Observed],
+    samples: Path,
+    folder: Path,
+    limit: int | None = None,
+    batch: int = BATCH,
+    stride: int = STRIDE,
+    seed: int = 0,
+    timeout: float = child.TIMEOUT,
+) -> Seen:
+    """The statistics of ``tensors`` over ``samples``.
+
+    Args:
+        folder: for files on the way.
+        limit: samples to read at most.
+
+    Raises:
+        BadSamples: they do not fit the model, or lead to values that are not finite.
+        RuntimeFailed: onnxruntime refuses the observing model, crashed or ran out of time.
+    """
+    if not tensors:
+        return {}
+    path, target = folder / "observing.onnx", folder / "statistics.npz"
+    observing(model, tensors, stride).save(path)
+    asked = [asdict(tensor) for tensor in tensors]
+    request = Request(str(path), model.name, asked, str(samples), str(target), limit, batch, stride, seed)
+    child.call("onnx_ocs.calibrate", asdict(request), timeout)
+    path.unlink()
+    return load(target)
+
+
+def arranged(seen: Seen, digest: str) -> dict[str, NDArray[Any]]:
+    """The arrays that a file of statistics holds; ``digest`` is that of the model."""
+    named = {f"{index}.{name}": a for index, one in enumerate(seen.values()) for name, a in one.arrays().items()}
+    return {"head": np.array(json.dumps({"format": FORMAT, "model": digest, "tensors": list(seen)})), **named}
+
+
+def save(path: Path, seen: Seen, digest: str) -> None:
+    """Write a file of statistics, whole or not at all.
+
+    Raises:
+        CannotWrite: there is no such folder, or it may not be written.
+    """
+    made = io.BytesIO()
+    np.savez_compressed(made, **arranged(seen, digest))  # type: ignore[arg-type]
+    files.write(path, [made.getbuffer()])
+
+
+def load(path: Path, digest: str | None = None) -> Seen:
+    """Read what :func:`save` wrote.
+
+    Raises:
+        BadSamples: the file is none of statistics, or of another model than that with ``digest``.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            head = json.loads(str(stored["head"]))
+            if digest is not None and head["model"] != digest:
+                raise BadSamples(f"{path}: statistics of another model; calibrate this one with --calibrate")
+            if head["format"] != FORMAT:
+                raise BadSamples(f"{path}: statistics of another version of onnx-ocs; calibrate again")
+            arrays: list[dict[str, NDArray[Any]]] = [{} for _ in head["tensors"]]
+            for name in stored.files:
+                if name != "head":
+                    index, _, figure = name.partition(".")
+                    arrays[int(index)][figure] = stored[name]
+            return {key: Statistics.of(one) for key, one in zip(head["tensors"], arrays, strict=True)}
+    except OSError as error:
+        reason = error.strerror or error
+        raise BadSamples(f"{path}: cannot be read ({reason}); check the path of the statistics") from None
+    except (ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile) as error:
+        raise BadSamples(f"{path}: holds no statistics ({error}); make them with --save-stats") from None
+
+
+def _observe(request: Request, say: child.Report) -> dict[str, Any]:
+    """The child: run all samples, fold each batch in, and write the statistics."""
+    say(f"loading {request.name} for calibration")
+    tensors = [Observed(**tensor) for tensor in request.tensors]
+    try:
+        session = Session(Path(request.model))
+    except RuntimeFailed as error:
+        raise RuntimeFailed(f"{request.name}: onnxruntime cannot load it for calibration ({error})") from None
+    inputs = [item for item in session.inputs if item.name != START]
+    recorders = [Recorder(tensor.channels) for tensor in tensors]
+    rng = np.random.default_rng(request.seed)
+    samples = 0
+    for batch in read_samples(Path(request.samples), inputs, request.batch, request.limit):
+        say(f"calibrating {request.name} on sample {samples} and after")
+        found = _run(session, batch, int(rng.integers(0, 2**31)), request)
+        for index, recorder in enumerate(recorders):
+            low, high, mean, size, taken = (found[name] for name in outputs(index))
+            if not np.isfinite(mean).all():
+                raise BadSamples(_place(session, batch, samples, tensors, request))
+            if size:
+                _add(recorder, low, high, mean, int(size), taken, batch.count, request.stride)
+        samples += batch.count
+    if not samples:
+        raise BadSamples(f"{request.samples}: there are no samples in it, or fewer than the model takes at once")
+    seen = {}
+    for tensor, recorder in zip(tensors, recorders, strict=True):
+        try:
+            seen[tensor.key] = recorder.finish()
+        except ValueError as error:
+            raise BadSamples(f"{request.samples}: tensor {tensor.name!r} is empty on these samples ({error})") from None
+    np.savez(request.target, **arranged(seen, ""))  # type: ignore[arg-type]
+    return {"samples": samples}
+
+
+def _run(session: Session, batch: Batch, start: int, request: Request) -> dict[str, NDArray[Any]]:
+    try:
+        return session.run({**batch.feed, START: np.array([start], np.int64)})
+    except RuntimeFailed as error:
+        raise BadSamples(f"{request.name}: the model fails on these samples ({error}); check them") from None
+
+
+def _add(
+    recorder: Recorder,
+    low: NDArray[np.float32],
+    high: NDArray[np.float32],
+    mean: NDArray[np.float32],
+    size: int,
+    taken: NDArray[np.float32],
+    samples: int,
+    stride: int,
+) -> None:
+    channels = low.shape[-1]
+    ends = low.reshape(-1, channels).min(axis=0), high.reshape(-1, channels).max(axis=0)
+    means = mean.reshape(-1, channels).mean(axis=0, dtype=np.float64)
+    inner = taken.shape[-1] if low.ndim > 1 else 1  # where the channels are last ``taken`` is (outer, C)
+    values = taken.reshape(-1, channels, inner)
+    recorder.add(*ends, means, size, values, STRIDE if stride == 1 else 1, samples)
+
+
+def _place(session: Session, batch: Batch, first: int, tensors: list[Observed], request: Request) -> str:
+    """Which sample of ``batch`` leads to a value that is not finite, and in which tensor."""
+    for number, one in enumerate(_singly(batch)):
+        try:
+            found = _run(session, one, 0, request)
+        except BadSamples:
+            break  # the model takes whole batches only
+        for index, tensor in enumerate(tensors):
+            if not np.isfinite(found[outputs(index)[2]]).all():
+                return _not_finite(request, tensor, f"sample {first + number}")
+    found = _run(session, batch, 0, request)
+    broken = [t for i, t in enumerate(tensors) if not np.isfinite(found[outputs(i)[2]]).all()]
+    return _not_finite(request, broken[0], f"samples {first} to {first + batch.count - 1}")
+
+
+def _singly(batch: Batch) -> list[Batch]:
+    """Each sample of a batch by itself, where the first axis of every input counts them."""
+    feed = batch.feed
+    if any(values.ndim == 0 or len(values) != batch.count for values in feed.values()):
+        return []
+    return [Batch({name: values[i : i + 1] for name, values in feed.items()}) for i in range(batch.count)]
+
+
+def _not_finite(request: Request, tensor: Observed, where: str) -> str:
+    return (
+        f"{request.samples}: {where} (counted from 0) gives NaN or infinite values in tensor {tensor.name!r} of "
+        f"{request.name}; take it out, or leave the layer out with --skip"
+    )
+
+
+if __name__ == "__main__":
+    child.serve(lambda asked, say: _observe(Request(**asked), say))

@@ -1,0 +1,128 @@
+"""What was found, as tables for a terminal."""
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from onnx_ocs.api import CheckOutcome
+
+
+def result(report: dict[str, Any], target: Path) -> Table:
+    """What was done, in a few lines."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for status in ("split", "quantized", "declined"):
+        rows = [row for row in report["layers"] if row["status"] == status]
+        if rows:
+            table.add_row(f"layers {status}", _reasons(rows))
+    size, overhead = report["size"], report["overhead"]
+    table.add_row(
+        "size", f"{_bytes(size['before'])} -> {_bytes(size['after'])} ({size['after'] / max(1, size['before']):.1%})"
+    )
+    if overhead["weights"] > 1:
+        table.add_row("overhead", f"weights x{overhead['weights']:.3f}, channels x{overhead['activations']:.3f}")
+    for name, value in _verified(report["verification"]):
+        table.add_row(name, value)
+    for note in report["notes"]:
+        table.add_row("note", note)
+    table.add_row("written", str(target))
+    return table
+
+
+def _reasons(rows: list[dict[str, Any]]) -> str:
+    """How many, and for which reasons."""
+    counts = Counter(row["reason"] for row in rows if row["reason"])
+    why = "; ".join(f"{reason} ({count})" if len(rows) > 1 else reason for reason, count in counts.most_common())
+    return f"{len(rows)}" + (f": {why}" if why else "")
+
+
+def _verified(verification: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if verification is None:
+        return [("verified", "no")]
+    kind = f"on {verification['samples']} {'generated' if verification['generated'] else 'given'} samples"
+    rows = []
+    if "split" in verification:
+        error = verification["split"]["max_rel_error"]
+        rows.append(("split model", f"equal to the source within {error or 0:.1e} of each output's peak, {kind}"))
+    if "quantized" in verification:
+        found = verification["quantized"]
+        parts = [f"{found[name]:{form}} {unit}" for name, form, unit in _FIGURES if found.get(name) is not None]
+        rows.append(("quantized model", f"{', '.join(parts)}, {kind}"))
+        if "accuracy" in found:
+            before, after, samples = (found["accuracy"][name] for name in ("reference", "candidate", "samples"))
+            figures = f"{before:.2%} before, {after:.2%} after, on {samples} labels"
+            rows.append(("top-1 accuracy", figures))
+    return rows
+
+
+_FIGURES = (("sqnr_db", ".1f", "dB SQNR"), ("top1_agreement", ".2%", "top-1 agreement"), ("kl_divergence", ".2g", "KL"))
+
+
+def layers(rows: list[dict[str, Any]]) -> Table:
+    """A row for each layer."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("layer", "op", "status", "channels", "bits", "SQNR dB", "reason"):
+        table.add_column(name, justify="right" if name in ("channels", "bits", "SQNR dB") else "left", overflow="fold")
+    for row in rows:
+        channels = "" if row["channels"] is None else f"{row['channels']}+{row['extra']}"
+        sqnr = "" if row.get("sqnr_db") is None else f"{row['sqnr_db']:.1f}"
+        table.add_row(
+            row["name"], row["op"], row["status"], channels, str(row.get("bits") or ""), sqnr, row["reason"] or ""
+        )
+    return table
+
+
+def _bytes(size: int) -> str:
+    value, unit = float(size), "B"
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
+
+
+def check(outcome: "CheckOutcome") -> Table:
+    """A row for each output."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("output", "max error", "of peak", "SQNR dB", "top-1 agreement", "KL"):
+        table.add_column(name, justify="left" if name == "output" else "right", overflow="fold")
+    forms = (
+        ("max_abs_error", ".3g"),
+        ("max_rel_error", ".2e"),
+        ("sqnr_db", ".1f"),
+        ("top1_agreement", ".2%"),
+        ("kl_divergence", ".2g"),
+    )
+    for output in outcome.outputs:
+        table.add_row(output["output"], *(format(output[n], f) if output[n] is not None else "" for n, f in forms))
+    return table
+
+
+def verdict(outcome: "CheckOutcome") -> list[str]:
+    """Whether it passed, and what to know of it."""
+    kind = "generated" if outcome.generated else "given"
+    lines = [f"{'passed' if outcome.passed else 'failed'} on {outcome.samples} {kind} samples"]
+    return lines if outcome.deterministic else [*lines, "the outputs of the reference differ from run to run"]
+
+
+def survey(rows: list[dict[str, Any]]) -> Table:
+    """What would be done with each layer."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("layer", "op", "channels", "outlier", "range after", "would be", "reason"):
+        table.add_column(
+            name, justify="right" if name in ("channels", "outlier", "range after") else "left", overflow="fold"
+        )
+    for row in rows:
+        known = row["status"] != "declined"
+        table.add_row(
+            row["name"],
+            row["op"],
+            f"{row['channels']}+{row['extra']}" if known else "",
+            f"{row['outlier']:.1f} sd" if known else "",
+            f"{row['range']:.0%}" if known else "",
+            row["status"],
+            row["reason"] or "",
+        )
+    return table
