@@ -21,13 +21,16 @@ from onnx_ocs import child
 from onnx_ocs.errors import BadSamples, RuntimeFailed
 from onnx_ocs.graph import files
 from onnx_ocs.graph.model import Model
-from onnx_ocs.graph.observe import START, Observed, observing, outputs
-from onnx_ocs.graph.samples import Batch, read_samples
+from onnx_ocs.graph.observe import HIGH, LOW, MEAN, START, Observed, observing, size, taken
+from onnx_ocs.graph.samples import Batch, Feed, read_samples
 from onnx_ocs.graph.session import Session
 from onnx_ocs.numerics.statistics import Recorder, Statistics
 
-STRIDE = 17
+STRIDE = 31
 """Positions from one taken value to the next; a prime, so that all columns of an image have their turn."""
+
+THIN = 4
+"""Every so many of the taken values of a row also go into the histogram of their channel."""
 
 BATCH = 8
 """Samples that run at a time."""
@@ -128,8 +131,8 @@ def load(path: Path, digest: str | None = None) -> Seen:
         raise BadSamples(f"{path}: holds no statistics ({error}); make them with --save-stats") from None
 
 
-def _observe(request: Request, say: child.Report) -> dict[str, Any]:
-    """The child: run all samples, fold each batch in, and write the statistics."""
+def observe(request: Request, say: child.Report) -> dict[str, Any]:
+    """Run all samples, fold each batch in, and write the statistics; this is what the child does."""
     say(f"loading {request.name} for calibration")
     tensors = [Observed(**tensor) for tensor in request.tensors]
     try:
@@ -137,29 +140,38 @@ def _observe(request: Request, say: child.Report) -> dict[str, Any]:
     except RuntimeFailed as error:
         raise RuntimeFailed(f"{request.name}: onnxruntime cannot load it for calibration ({error})") from None
     inputs = [item for item in session.inputs if item.name != START]
-    recorders = [Recorder(tensor.channels) for tensor in tensors]
+    recorder = Recorder([tensor.channels for tensor in tensors])
+    thin = THIN * STRIDE if request.stride == 1 else THIN
     rng = np.random.default_rng(request.seed)
     samples = 0
     for batch in read_samples(Path(request.samples), inputs, request.batch, request.limit):
-        say(f"calibrating {request.name} on sample {samples} and after")
-        found = _run(session, batch, int(rng.integers(0, 2**31)), request)
-        for index, recorder in enumerate(recorders):
-            low, high, mean, size, taken = (found[name] for name in outputs(index))
-            if not np.isfinite(mean).all():
-                raise BadSamples(_place(session, batch, samples, tensors, request))
-            if size:
-                _add(recorder, low, high, mean, int(size), taken, batch.count, request.stride)
+        if samples == 0:
+            say(f"calibrating {request.name}")
+        found = _run(session, batch, int(rng.integers(0, request.stride)), request)
+        if not np.isfinite(found[MEAN]).all():
+            raise BadSamples(_place(session, batch, samples, tensors, request))
+        values, seen = zip(*(_taken(found, index, tensor) for index, tensor in enumerate(tensors)), strict=True)
+        recorder.add(found[LOW], found[HIGH], found[MEAN], values, seen, thin, batch.count)
         samples += batch.count
     if not samples:
         raise BadSamples(f"{request.samples}: there are no samples in it, or fewer than the model takes at once")
-    seen = {}
-    for tensor, recorder in zip(tensors, recorders, strict=True):
-        try:
-            seen[tensor.key] = recorder.finish()
-        except ValueError as error:
-            raise BadSamples(f"{request.samples}: tensor {tensor.name!r} is empty on these samples ({error})") from None
-    np.savez(request.target, **arranged(seen, ""))  # type: ignore[arg-type]
+    try:
+        made = recorder.finish()
+    except ValueError as error:
+        raise BadSamples(f"{request.samples}: a tensor is empty on these samples ({error}); give others") from None
+    stored = {tensor.key: one for tensor, one in zip(tensors, made, strict=True)}
+    np.savez(request.target, **arranged(stored, ""))  # type: ignore[arg-type]
     return {"samples": samples}
+
+
+def _taken(found: Feed, index: int, tensor: Observed) -> tuple[int, NDArray[np.float32]]:
+    """How many values a tensor has, and those that were taken as (outer, C, inner)."""
+    values = found[taken(index)]
+    inner = values.shape[-1] if tensor.axis < -1 else 1
+    arranged = values.reshape(-1, tensor.channels, inner)
+    if size(index) in found:
+        return int(found[size(index)]), arranged
+    return len(arranged) * tensor.channels * (tensor.inner or inner), arranged
 
 
 def _run(session: Session, batch: Batch, start: int, request: Request) -> dict[str, NDArray[Any]]:
@@ -169,37 +181,22 @@ def _run(session: Session, batch: Batch, start: int, request: Request) -> dict[s
         raise BadSamples(f"{request.name}: the model fails on these samples ({error}); check them") from None
 
 
-def _add(
-    recorder: Recorder,
-    low: NDArray[np.float32],
-    high: NDArray[np.float32],
-    mean: NDArray[np.float32],
-    size: int,
-    taken: NDArray[np.float32],
-    samples: int,
-    stride: int,
-) -> None:
-    channels = low.shape[-1]
-    ends = low.reshape(-1, channels).min(axis=0), high.reshape(-1, channels).max(axis=0)
-    means = mean.reshape(-1, channels).mean(axis=0, dtype=np.float64)
-    inner = taken.shape[-1] if low.ndim > 1 else 1  # where the channels are last ``taken`` is (outer, C)
-    values = taken.reshape(-1, channels, inner)
-    recorder.add(*ends, means, size, values, STRIDE if stride == 1 else 1, samples)
-
-
 def _place(session: Session, batch: Batch, first: int, tensors: list[Observed], request: Request) -> str:
     """Which sample of ``batch`` leads to a value that is not finite, and in which tensor."""
-    for number, one in enumerate(_singly(batch)):
+    owners = np.repeat(np.arange(len(tensors)), [tensor.channels for tensor in tensors])
+    broken, where = [], f"samples {first} to {first + batch.count - 1}"
+    for number, one in enumerate([*_singly(batch), batch]):
         try:
-            found = _run(session, one, 0, request)
+            broken = owners[~np.isfinite(_run(session, one, 0, request)[MEAN])].tolist()
         except BadSamples:
-            break  # the model takes whole batches only
-        for index, tensor in enumerate(tensors):
-            if not np.isfinite(found[outputs(index)[2]]).all():
-                return _not_finite(request, tensor, f"sample {first + number}")
-    found = _run(session, batch, 0, request)
-    broken = [t for i, t in enumerate(tensors) if not np.isfinite(found[outputs(i)[2]]).all()]
-    return _not_finite(request, broken[0], f"samples {first} to {first + batch.count - 1}")
+            continue  # the model takes whole batches only
+        if broken:
+            where = f"sample {first + number}" if one is not batch else where
+            break
+    return (
+        f"{request.samples}: {where} (counted from 0) gives NaN or infinite values in tensor "
+        f"{tensors[broken[0]].name!r} of {request.name}; take it out, or leave the layer out with --skip"
+    )
 
 
 def _singly(batch: Batch) -> list[Batch]:
@@ -210,12 +207,5 @@ def _singly(batch: Batch) -> list[Batch]:
     return [Batch({name: values[i : i + 1] for name, values in feed.items()}) for i in range(batch.count)]
 
 
-def _not_finite(request: Request, tensor: Observed, where: str) -> str:
-    return (
-        f"{request.samples}: {where} (counted from 0) gives NaN or infinite values in tensor {tensor.name!r} of "
-        f"{request.name}; take it out, or leave the layer out with --skip"
-    )
-
-
 if __name__ == "__main__":
-    child.serve(lambda asked, say: _observe(Request(**asked), say))
+    child.serve(lambda asked, say: observe(Request(**asked), say))

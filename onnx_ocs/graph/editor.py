@@ -96,15 +96,22 @@ class Editor:
             self._enter(Scope(function, proto, f"{proto.domain}::{proto.name}/", opset))
         self._results = {name for scope in self.scopes for name in _results(scope.proto)}
 
-    @functools.cached_property
+    @property
     def ranks(self) -> dict[str, int]:
         """The number of dimensions of each value of the source for which shape inference finds it."""
+        return {name: len(shape) for name, shape in self.shapes.items()}
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """The dimensions of each value of the source for which shape inference finds their number; none if free."""
         try:
             inferred = onnx.shape_inference.infer_shapes(self.model.proto)
         except Exception:  # of several kinds, by where in the C++ code it fails
             inferred = self.model.proto
         return {
-            value.name: len(value.type.tensor_type.shape.dim)
+            value.name: tuple(
+                dim.dim_value if dim.HasField("dim_value") else None for dim in value.type.tensor_type.shape.dim
+            )
             for graph in _graphs(inferred.graph)
             for value in (*graph.input, *graph.output, *graph.value_info)
             if value.type.tensor_type.HasField("shape")

@@ -3,6 +3,7 @@
 The reductions run inside onnxruntime, next to the tensors, so that none of these leaves it whole.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,14 @@ from onnx import TensorProto, helper
 from onnx_ocs.graph.model import Model
 
 START = "onnx_ocs.start"
-"""The input that says at which position the taken values begin; any whole number."""
+"""The input that says at which position the taken values begin, below the stride."""
 
 LAST = np.iinfo(np.int64).max
 
-FIGURES = ("low", "high", "mean", "size", "taken")
-"""What comes out for each tensor, in this order."""
+LOW, HIGH, MEAN = "onnx_ocs.low", "onnx_ocs.high", "onnx_ocs.mean"
+"""The outputs that hold these figures of the channels of all tensors behind each other."""
+
+REDUCTIONS = {"ReduceMin": LOW, "ReduceMax": HIGH, "ReduceMean": MEAN}
 
 OPSET = 13
 """The least opset of a model that is observed."""
@@ -34,7 +37,7 @@ class Observed:
     name: str
     axis: int  # from the end
     channels: int
-    rank: int | None = None  # known wherever the channels are not last
+    shape: tuple[int | None, ...] | None = None  # its rank is known wherever the channels are not last
     data_type: int = TensorProto.FLOAT
 
     @property
@@ -42,17 +45,28 @@ class Observed:
         """Names the tensor and the axis."""
         return f"{self.name} {self.axis}"
 
+    @property
+    def inner(self) -> int | None:
+        """Positions of each channel within a sample, where they are known: the size of the axes behind the channels."""
+        behind = (self.shape or (None,))[self.axis + 1 :] if self.axis < -1 else (None,)
+        return None if None in behind else math.prod(behind)  # type: ignore[arg-type]
 
-def outputs(index: int) -> list[str]:
-    """The outputs that tell of the tensor ``index``."""
-    return [f"onnx_ocs.observed.{index}.{figure}" for figure in FIGURES]
+
+def taken(index: int) -> str:
+    """The output with the taken values of the tensor ``index``."""
+    return f"onnx_ocs.observed.{index}.taken"
+
+
+def size(index: int) -> str:
+    """The output with the number of all its values; it is there only where the taken ones do not tell."""
+    return f"onnx_ocs.observed.{index}.size"
 
 
 def observing(model: Model, tensors: list[Observed], stride: int) -> Model:
-    """The model that computes :data:`FIGURES` of ``tensors`` in place of its own outputs.
+    """The model that computes figures of ``tensors`` in place of its own outputs.
 
-    ``low``, ``high`` and ``mean`` are (..., C) with the channels last, ``size`` is the number of values, and ``taken``
-    is (outer, C, inner) or, where the channels are last, (outer, C): every ``stride``-th position.
+    Taken values are (outer, C, inner) or, where the channels are last, (outer, C): every ``stride``-th position from
+    :data:`START` on, and all of them where there are fewer.
     """
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
@@ -62,6 +76,7 @@ def observing(model: Model, tensors: list[Observed], stride: int) -> Model:
     build.constant("last", [LAST])
     for index, tensor in enumerate(tensors):
         build.observe(index, tensor, stride)
+    build.join(len(tensors))
     proto.graph.input.append(helper.make_tensor_value_info(START, TensorProto.INT64, [1]))
     return model.sharing(proto)
 
@@ -79,41 +94,50 @@ class _Builder:
         return name
 
     def observe(self, index: int, tensor: Observed, stride: int) -> None:
-        low, high, mean, size, taken = outputs(index)
         name = f"observed.{index}"
         values = tensor.name
         if tensor.data_type != TensorProto.FLOAT:
             values = self._node("Cast", [values], f"onnx_ocs.{name}.float", to=TensorProto.FLOAT)
         if tensor.axis == -1:
-            shape, axis = [-1, tensor.channels], 0
+            shape, axis, over = [-1, tensor.channels], 0, [0]
         else:
-            assert tensor.rank is not None
-            shape, axis = [0] * (tensor.rank + tensor.axis + 1) + [-1], -1
-        rows = self._node("Reshape", [values, self.constant(f"{name}.shape", shape)], f"onnx_ocs.{name}.rows")
-        for op, output in (("ReduceMin", low), ("ReduceMax", high), ("ReduceMean", mean)):
-            self._reduce(op, rows, axis, output)
-        self._node("Size", [rows], size)
-        if stride == 1 or (tensor.axis == -1 and tensor.rank == 2):
-            self._node("Identity", [rows], taken)
-        else:
-            self._slice(rows, axis, name, taken)
-        for output, kind in zip(outputs(index), (1, 1, 1, TensorProto.INT64, 1), strict=True):
-            self._graph.output.append(helper.make_tensor_value_info(output, kind, None))
+            assert tensor.shape is not None
+            rank = len(tensor.shape)
+            shape, axis = [0] * (rank + tensor.axis + 1) + [-1], -1
+            over = [place for place in range(rank) if place != rank + tensor.axis]
+        few = tensor.inner is not None and tensor.inner < stride
+        whole = stride == 1 or few or (tensor.axis == -1 and tensor.shape is not None and len(tensor.shape) == 2)
+        rows = taken(index) if whole else f"onnx_ocs.{name}.rows"
+        self._node("Reshape", [values, self.constant(f"{name}.shape", shape)], rows)
+        for op, figure in REDUCTIONS.items():
+            self._reduce(op, rows if tensor.axis == -1 else values, over, f"{figure}.{index}")
+        if not whole:
+            axes = self.constant(f"{name}.axis", [axis])
+            start = START if tensor.inner is not None else self._wrapped(rows, axes, name)
+            self._node("Slice", [rows, start, "onnx_ocs.last", axes, "onnx_ocs.step"], taken(index))
+        self._output(taken(index))
+        if not whole and tensor.inner is None:
+            self._output(self._node("Size", [values], size(index)), TensorProto.INT64)
 
-    def _slice(self, rows: str, axis: int, name: str, output: str) -> None:
-        """Every ``step``-th position along ``axis``, from :data:`START` on, wrapped where there are fewer."""
-        axes = self.constant(f"{name}.axis", [axis])
+    def join(self, number: int) -> None:
+        """The figures of all tensors behind each other."""
+        for figure in REDUCTIONS.values():
+            self._output(self._node("Concat", [f"{figure}.{index}" for index in range(number)], figure, axis=0))
+
+    def _output(self, name: str, data_type: int = TensorProto.FLOAT) -> None:
+        self._graph.output.append(helper.make_tensor_value_info(name, data_type, None))
+
+    def _wrapped(self, rows: str, axes: str, name: str) -> str:
+        """:data:`START` modulo the length of an axis that may be shorter than a step."""
         shape = self._node("Shape", [rows], f"onnx_ocs.{name}.sizes")
         length = self._node("Gather", [shape, axes], f"onnx_ocs.{name}.length")
-        start = self._node("Mod", [START, length], f"onnx_ocs.{name}.from")
-        self._node("Slice", [rows, start, "onnx_ocs.last", axes, "onnx_ocs.step"], output)
+        return self._node("Mod", [START, length], f"onnx_ocs.{name}.from")
 
-    def _reduce(self, op: str, rows: str, axis: int, output: str) -> None:
+    def _reduce(self, op: str, values: str, axes: list[int], output: str) -> None:
         if self._by_input:
-            axes = self.constant(f"{output}.axes", [axis])
-            self._node(op, [rows, axes], output, keepdims=0)
+            self._node(op, [values, self.constant(f"{output}.axes", axes)], output, keepdims=0)
         else:
-            self._node(op, [rows], output, axes=[axis], keepdims=0)
+            self._node(op, [values], output, axes=axes, keepdims=0)
 
     def _node(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
         self._graph.node.append(helper.make_node(op, inputs, [output], **attributes))

@@ -4,7 +4,9 @@ Histograms grow with the values: their parts divide ``[0, reach)``, where ``reac
 magnitude comes, neighbouring parts are joined until it fits. So the counts do not depend on the order of the batches.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,6 +24,16 @@ ROOM = 2**18
 
 OUTLIERS = 0.99
 """Values beyond this quantile of a tensor's magnitudes count as outliers (Zhao et al., Section 5.3)."""
+
+
+GROWN = 1.05
+"""The 99th percentile is looked up again when so many times the values have been seen."""
+
+ENOUGH = 2**15
+"""Values of one tensor that wait at most (128 KB, or one batch) before they are folded in."""
+
+SMALLEST = 2.0**-100
+"""The least reach, so that the scale of the parts is a float32 as well."""
 
 
 def channel_parts(channels: int) -> int:
@@ -120,91 +132,149 @@ class Statistics:
 
 
 class Recorder:
-    """Statistics of one tensor under way."""
+    """Statistics of some tensors under way; what is the same for all of them is done for all of them at once."""
 
-    def __init__(self, channels: int) -> None:
-        self._low, self._high = np.full(channels, np.inf), np.full(channels, -np.inf)
-        self._sum, self._square = np.zeros(channels), np.zeros(channels)
-        self._outliers = np.zeros(channels, np.int64)
-        self._counts = np.zeros(PARTS, np.int64)
-        self._parts = channel_parts(channels)
-        self._channel_counts = np.zeros(channels * self._parts, np.uint32)
-        self._starts = (np.arange(channels) * self._parts).astype(np.int64)
-        self._reach = 0.0
-        self._values = self._counted = self._samples = 0
+    def __init__(self, channels: Sequence[int]) -> None:
+        ends = np.cumsum([0, *channels])
+        self._slices = [slice(start, stop) for start, stop in itertools.pairwise(ends.tolist())]
+        self._channels = np.array(channels)
+        self._low, self._high = np.full(ends[-1], np.inf), np.full(ends[-1], -np.inf)
+        self._sum = np.zeros(ends[-1])
+        self._tallies = [_Tally(number) for number in channels]
+        self._values = np.zeros(len(channels), np.int64)
+        self._samples = 0
 
     def add(
         self,
-        low: NDArray[np.floating],
-        high: NDArray[np.floating],
-        mean: NDArray[np.floating],
-        values: int,
-        taken: NDArray[np.float32],
+        low: NDArray[np.float32],
+        high: NDArray[np.float32],
+        mean: NDArray[np.float32],
+        values: Sequence[int],
+        taken: Sequence[NDArray[np.float32]],
         thin: int = 1,
         samples: int = 1,
     ) -> None:
         """Fold in one batch.
 
         Args:
-            low, high, mean: (C,), of all values of each channel; finite.
-            values: how many there are in the whole tensor.
-            taken: (outer, C, inner), the values that go into the histograms.
+            low, high, mean: the channels of all tensors behind each other, of all their values; finite.
+            values: how many there are in each whole tensor.
+            taken: (outer, C, inner) of each tensor, the values that go into the histograms.
             thin: of those, every ``thin``-th along the inner axis goes into the histograms of the channels.
         """
         np.minimum(self._low, low, out=self._low)
         np.maximum(self._high, high, out=self._high)
-        self._sum += mean.astype(np.float64) * (values / len(self._sum))
+        self._sum += mean * np.repeat(np.divide(values, self._channels), self._channels)
         self._values += values
         self._samples += samples
-        self._reach_to(float(max(high.max(), -low.min())))
-        outer, _, inner = taken.shape
+        for tally, here, some in zip(self._tallies, self._slices, taken, strict=True):
+            if tally.add(some, thin):
+                tally.fold(self._low[here], self._high[here])
+
+    def finish(self) -> list[Statistics]:
+        """What was seen of each tensor.
+
+        Raises:
+            ValueError: nothing was added of one of them.
+        """
+        made = []
+        for tally, here, values in zip(self._tallies, self._slices, self._values.tolist(), strict=True):
+            if not values:
+                raise ValueError("no values were seen")
+            low, high = self._low[here], self._high[here]
+            tally.fold(low, high)
+            mean = self._sum[here] * (tally.channels / values)
+            made.append(tally.statistics(low, high, mean, values, self._samples))
+        return made
+
+
+class _Tally:
+    """The histograms of one tensor. Values wait until there are enough of them to be worth the calls."""
+
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+        self._square = np.zeros(channels)
+        self._outliers = np.zeros(channels, np.int64)
+        self._counts = np.zeros(PARTS, np.int64)
+        self._parts = channel_parts(channels)
+        self._channel_counts = np.zeros(channels * self._parts, np.uint32)
+        self._shift = (PARTS // self._parts).bit_length() - 1
+        self._starts = (np.arange(channels) * self._parts).reshape(-1, 1)
+        self._reach = self._edge_reach = 0.0
+        self._edge = self._edge_counted = 0
+        self._counted = 0  # values of each channel in the histogram of the tensor
+        self._waiting: list[NDArray[np.float32]] = []
+        self._held, self._thin = 0, 1
+
+    def add(self, taken: NDArray[np.float32], thin: int) -> bool:
+        """Let values wait; whether it is time to :meth:`fold` them in."""
+        self._waiting.append(taken)
+        self._thin = thin
+        self._held += taken.size
+        return self._held >= ENOUGH
+
+    def fold(self, low: NDArray[np.float64], high: NDArray[np.float64]) -> None:
+        """Count what waits; ``low`` and ``high`` are those of all values so far."""
+        self._reach_to(max(float(high.max()), -float(low.min())))
+        for _, group in itertools.groupby(self._waiting, lambda taken: taken.shape[2]):
+            parts = list(group)
+            self._count(np.concatenate(parts) if len(parts) > 1 else parts[0])
+        self._waiting.clear()
+        self._held = 0
+
+    def _count(self, taken: NDArray[np.float32]) -> None:
+        outer, channels, inner = taken.shape
         self._counted += outer * inner
-        self._square += np.einsum("ijk,ijk->j", taken, taken, dtype=np.float64)
+        self._square += np.einsum("ijk,ijk->j", taken, taken)
         if not self._reach:
             self._counts[0] += taken.size
             return
         magnitudes = np.abs(taken)
-        places = (magnitudes * np.float32(PARTS / self._reach)).astype(np.int32)
-        np.minimum(places, PARTS - 1, out=places)
-        self._counts += np.bincount(places.reshape(-1), minlength=PARTS)
-        below = np.cumsum(self._counts)
-        edge = int(np.searchsorted(below, OUTLIERS * below[-1])) + 1
-        self._outliers += np.count_nonzero(places >= edge, axis=(0, 2))
-        some = places[:, :, ::thin] // (PARTS // self._parts) + self._starts[:, None]
+        magnitudes *= np.float32(PARTS / self._reach)  # a power of two, so that nothing is rounded
+        places = magnitudes.astype(np.intp)
+        flat = places.reshape(-1)
+        self._counts += np.bincount(flat, minlength=PARTS)
+        beyond = np.flatnonzero(flat >= self._quantile())
+        self._outliers += np.bincount(beyond // inner % channels, minlength=channels)
+        some = places[:, :, :: self._thin] >> self._shift
+        some += self._starts
         np.add.at(self._channel_counts, some.reshape(-1), np.uint32(1))
+
+    def _quantile(self) -> int:
+        """The first part beyond the 99th percentile of what was seen, which moves little once much was seen."""
+        if self._reach != self._edge_reach or self._counted > GROWN * self._edge_counted:
+            below = np.cumsum(self._counts)
+            self._edge = int(np.searchsorted(below, OUTLIERS * below[-1])) + 1
+            self._edge_reach, self._edge_counted = self._reach, self._counted
+        return self._edge
 
     def _reach_to(self, peak: float) -> None:
         """Join parts until the histograms reach beyond ``peak``."""
         if peak == 0 or peak < self._reach:
             return
-        reach = math.ldexp(1.0, math.frexp(peak)[1])  # the next power of two above
+        reach = max(SMALLEST, math.ldexp(1.0, math.frexp(peak)[1]))  # the next power of two above
         if self._reach:
             factor = int(min(reach / self._reach, PARTS))
             self._counts = _joined(self._counts[None], factor)[0]
             self._channel_counts = _joined(self._channel_counts.reshape(-1, self._parts), factor).reshape(-1)
         else:  # zeros only so far; they lie in the first part of each channel
-            self._channel_counts[:: self._parts] += np.uint32(self._counts[0] // len(self._sum))
+            self._channel_counts[:: self._parts] += np.uint32(self._counts[0] // self.channels)
         self._reach = reach
 
-    def finish(self) -> Statistics:
-        """What was seen.
-
-        Raises:
-            ValueError: nothing was added.
-        """
-        if not self._counted:
-            raise ValueError("no values were seen")
+    def statistics(
+        self, low: NDArray[np.float64], high: NDArray[np.float64], mean: NDArray[np.float64], values: int, samples: int
+    ) -> Statistics:
         return Statistics(
-            self._low,
-            self._high,
-            self._sum * (len(self._sum) / self._values),
-            self._square / self._counted,
+            low,
+            high,
+            mean,
+            self._square / max(1, self._counted),
             self._outliers,
             self._reach,
             self._counts,
             self._channel_counts.reshape(-1, self._parts),
-            self._values,
-            self._samples,
+            values,
+            samples,
         )
 
 

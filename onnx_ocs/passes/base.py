@@ -175,5 +175,7 @@ def observed(editor: Editor, layer: Layer) -> Observed | None:
     main, data, name = editor.scopes[0], layer.data, layer.data.name
     if not (main.holds(data) or any(data is source for source in main.graph.inputs)):
         return None
-    rank = len(layer.weight.shape) if layer.node.op.startswith("Conv") else editor.ranks.get(name)
-    return Observed(name, layer.data_axis, layer.channels, rank, layer.weight.data_type)
+    shape = editor.shapes.get(name)
+    if shape is None and layer.node.op.startswith("Conv"):
+        shape = (None,) * len(layer.weight.shape)
+    return Observed(name, layer.data_axis, layer.channels, shape, layer.weight.data_type)

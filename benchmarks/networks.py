@@ -1,0 +1,151 @@
+"""The networks that the tables are made of: a model, images to calibrate on, and other images to measure on.
+
+Without options they are those of the assets: ResNet-20 on CIFAR-10 and SqueezeNet 1.1 on ImageNet samples. The
+networks of the paper are measured by the same commands where someone has them as ONNX files, with a folder of images
+in the layout of ImageNet's validation set (one folder for each class, in the order of the classes):
+
+    --model resnet50.onnx --images imagenet/val [--size 224] [--limit 2000]
+"""
+
+import argparse
+import csv
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import onnxruntime as ort
+from common import assets
+from numpy.typing import NDArray
+
+from onnx_ocs.numerics.compare import Difference
+
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """One trained model and its images, as it takes them."""
+
+    name: str
+    model: Path
+    calibration: NDArray[np.float32]
+    images: NDArray[np.float32]
+    labels: NDArray[np.int64]  # of the first of ``images``
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How a model compares with the float one; percents, and nats times 1000."""
+
+    top1: float
+    agreement: float
+    divergence: float
+
+    def __str__(self) -> str:
+        return f"{self.top1:.2f} | {self.agreement:.2f} | {self.divergence:.2f}"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--network", choices=("resnet20", "squeezenet"), nargs="+", default=["resnet20", "squeezenet"])
+    parser.add_argument("--model", type=Path, help="an ONNX file to measure in place of those")
+    parser.add_argument("--images", type=Path, help="its images: a folder with a folder for each class")
+    parser.add_argument("--size", type=int, default=224, help="of the images")
+    parser.add_argument("--limit", type=int, default=2000, help="images to measure on")
+    parser.add_argument("--calibrate", type=int, default=512, help="images to calibrate on (64 of the small sample)")
+
+
+def networks(arguments: argparse.Namespace) -> Iterator[Network]:
+    """The networks that the options name."""
+    if arguments.model is not None:
+        yield _from_folder(arguments)
+        return
+    makers = {"resnet20": _resnet20, "squeezenet": _squeezenet}
+    for name in arguments.network:
+        yield makers[name](arguments.calibrate)
+
+
+def outputs(
+    model: Path | bytes, images: NDArray[np.float32], batch: int = 64, optimize: bool = True
+) -> NDArray[np.float32]:
+    """The scores of all images, ``batch`` of them at a time, by onnxruntime."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model if isinstance(model, bytes) else str(model), options)
+    name = session.get_inputs()[0].name
+    parts = [images[start : start + batch] for start in range(0, len(images), batch)]
+    return np.concatenate([session.run(None, {name: part})[0] for part in parts])
+
+
+def compare(reference: NDArray[np.float32], found: NDArray[np.float32], labels: NDArray[np.int64]) -> Figures:
+    """Top-1 on the images with labels, agreement and divergence on all of them."""
+    difference = Difference("scores")
+    difference.add(reference.reshape(len(reference), -1), found.reshape(len(found), -1))
+    summary = difference.summary()
+    top1 = np.mean(found.reshape(len(found), -1)[: len(labels)].argmax(axis=1) == labels)
+    return Figures(100 * float(top1), 100 * summary["top1_agreement"], 1000 * summary["kl_divergence"])
+
+
+def paper(name: str) -> list[dict[str, str]]:
+    """The rows of one of the paper's tables."""
+    return list(csv.DictReader((assets().parent / "reference" / name).open()))
+
+
+def _resnet20(calibrate: int) -> Network:
+    data = np.load(assets() / "data" / "cifar10.npz")
+    test, train = (_normalized(data[name].astype(np.float32) / 255) for name in ("test_x", "train_x"))
+    model = assets() / "models" / "cifar10_resnet20.onnx"
+    images = np.concatenate([test, train])
+    return Network("ResNet-20", model, train[:calibrate], images, data["test_y"].astype(np.int64))
+
+
+def _squeezenet(calibrate: int) -> Network:
+    """64 images of the 400, spread over the classes, are for calibration."""
+    with zipfile.ZipFile(assets() / "data" / "imagenet_400.zip") as archive:
+        names = sorted(name for name in archive.namelist() if name.lower().endswith((".jpg", ".jpeg")))
+        images = _decoded((archive.open(name) for name in names), None)
+    labels = np.array([int(Path(name).stem[:4]) for name in names])
+    chosen = np.arange(len(names)) * 64 // len(names)
+    apart = np.append(True, chosen[1:] != chosen[:-1])
+    model = assets() / "models" / "imagenet_squeezenet1.1.onnx"
+    return Network("SqueezeNet 1.1", model, images[apart][:calibrate], images[~apart], labels[~apart])
+
+
+def _from_folder(arguments: argparse.Namespace) -> Network:
+    if arguments.images is None:
+        raise SystemExit("--model needs --images")
+    folders = sorted(folder for folder in arguments.images.iterdir() if folder.is_dir())
+    files = [(file, label) for label, folder in enumerate(folders) for file in sorted(folder.iterdir())]
+    order = np.random.default_rng(0).permutation(len(files))[: arguments.limit + arguments.calibrate]
+    images = _decoded((files[i][0].open("rb") for i in order), arguments.size)
+    labels = np.array([files[i][1] for i in order])
+    cut = arguments.calibrate
+    return Network(arguments.model.stem, arguments.model, images[:cut], images[cut:], labels[cut:])
+
+
+def _decoded(files: Iterable[IO[bytes]], size: int | None) -> NDArray[np.float32]:
+    """RGB images: the shorter side 8/7 of ``size``, the centre cut out; as they are without a size."""
+    try:
+        from PIL import Image
+    except ModuleNotFoundError:
+        raise SystemExit("this needs Pillow: pip install -e '.[benchmarks]'") from None
+    made = []
+    for file in files:
+        with file, Image.open(file) as image:
+            picture = image.convert("RGB")
+            if size is not None:
+                scale = size * 8 / 7 / min(picture.size)
+                picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BILINEAR)
+                left, top = ((side - size) // 2 for side in picture.size)
+                picture = picture.crop((left, top, left + size, top + size))
+            made.append(np.asarray(picture).transpose(2, 0, 1))
+    return _normalized(np.stack(made).astype(np.float32) / 255)
+
+
+def _normalized(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    mean, deviation = (np.array(values, np.float32).reshape(1, 3, 1, 1) for values in (MEAN, DEVIATION))
+    return (images - mean) / deviation
