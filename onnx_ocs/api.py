@@ -135,6 +135,7 @@ class CheckOutcome:
     samples: int
     generated: bool
     deterministic: bool
+    saturated_db: float | None = None  # where onnxruntime's kernels saturate on this CPU: the least SQNR by default
 
 
 def check(
@@ -170,6 +171,7 @@ def check(
             count=samples if samples is not None else verify.GENERATED if inputs is None else -1,
             seed=seed,
             bounds=table_lengths(Editor(first)),
+            integers=["candidate"] if _runs_on_integers(second) else [],
             atol=atol or 0.0,
             rtol=rtol or 0.0,
         )
@@ -182,7 +184,13 @@ def check(
     reason = verify.judge_check(comparison, strict, lowest, min_agreement)
     outputs = comparison.stages["candidate"]
     return CheckOutcome(
-        reason is None, reason, outputs, comparison.samples, comparison.generated, comparison.deterministic
+        reason is None,
+        reason,
+        outputs,
+        comparison.samples,
+        comparison.generated,
+        comparison.deterministic,
+        comparison.saturated.get("candidate"),
     )
 
 
@@ -208,6 +216,11 @@ def write_json(path: Path, data: Any) -> None:
         CannotWrite: there is no such folder, or it may not be written.
     """
     files.write(path, [memoryview((json.dumps(data, indent=1) + "\n").encode())])
+
+
+def _runs_on_integers(model: Model) -> bool:
+    """Whether activations are quantized anywhere."""
+    return any(node.op == "QuantizeLinear" for scope in Editor(model).scopes for node in scope.graph.nodes)
 
 
 def _path(path: str | Path | None) -> Path | None:

@@ -43,6 +43,11 @@ CALIBRATED = 64
 LOW_SQNR = 10.0
 """Below this many dB the report says that the result may be of little use."""
 
+SATURATES = (
+    "on this CPU onnxruntime's 8-bit integer kernels saturate: {:.1f} dB SQNR by default; the figures are those with "
+    "the session's configuration entry session.x64quantprecision = 1, which weights of 7 bits do not need"
+)
+
 Source = str | Path | onnx.ModelProto
 Progress = Callable[[str], None]
 
@@ -224,8 +229,8 @@ def _decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
     acts = recipe.act_bits if not recipe.float or recipe.act_ratio else None
     weights = recipe.bits is not None or recipe.float
     steps: list[Pass] = [
-        *([grid] if weights else []),
         PlanActivations(acts, recipe.act_ratio, dynamic, recipe.act_unsigned, recipe.first),
+        *([grid] if weights else []),
         ChooseActivationSteps(recipe.act_clip),
         PlanSplits(recipe.ratio, recipe.split_policy, weights),
         *([ChooseSteps(recipe.clip)] if weights else []),
@@ -325,8 +330,11 @@ def _verify(run: Run, model: Model, work: Work, stages: dict[str, Path]) -> dict
         count=-1 if run.inputs else CALIBRATED if samples else verify.GENERATED,
         seed=recipe.seed,
         bounds=table_lengths(work.editor),
+        integers=["quantized"] if recipe.act_bits is not None else [],
     )
     comparison = verify.compare(request, run.timeout)
+    if "quantized" in comparison.saturated:
+        run.notes.append(SATURATES.format(comparison.saturated["quantized"]))
     if not comparison.deterministic:
         _prove(run, work)
         run.notes.append(

@@ -104,7 +104,14 @@ def verdict(outcome: "CheckOutcome") -> list[str]:
     """Whether it passed, and what to know of it."""
     kind = "generated" if outcome.generated else "given"
     lines = [f"{'passed' if outcome.passed else 'failed'} on {outcome.samples} {kind} samples"]
-    return lines if outcome.deterministic else [*lines, "the outputs of the reference differ from run to run"]
+    if not outcome.deterministic:
+        lines.append("the outputs of the reference differ from run to run")
+    if outcome.saturated_db is not None:
+        lines.append(
+            f"onnxruntime's integer kernels saturate on this CPU: {outcome.saturated_db:.1f} dB SQNR by default; the "
+            "figures are those with the configuration entry session.x64quantprecision = 1"
+        )
+    return lines
 
 
 def survey(rows: list[dict[str, Any]]) -> Table:

@@ -20,6 +20,9 @@ from onnx_ocs.numerics.compare import Difference, is_float
 GENERATED = 8
 """Samples that are generated where none are given."""
 
+SATURATED = 1e-4
+"""Of an output's peak: what saturating kernels change, beyond float rounding."""
+
 NOISE_MARGIN = 4.0
 """A split model may differ by this many times what onnxruntime's own optimizations change in the source."""
 
@@ -34,6 +37,7 @@ class Request:
     count: int = 8
     seed: int = 0
     bounds: dict[str, int] = field(default_factory=dict)  # of generated integers that index a table
+    integers: list[str] = field(default_factory=list)  # stages that may run on integer kernels
     atol: float = 0.0
     rtol: float = 0.0
 
@@ -48,6 +52,7 @@ class Comparison:
     generated: bool
     deterministic: bool
     inputs: dict[str, list[int]]  # shapes of the first batch
+    saturated: dict[str, float] = field(default_factory=dict)  # stage -> the least SQNR (dB) of its outputs by default
 
 
 def compare(request: Request, timeout: float = child.TIMEOUT) -> Comparison:
@@ -133,7 +138,8 @@ def _compare(request: Request, say: child.Report) -> Comparison:
             raise RuntimeFailed(f"onnxruntime refuses the {stage} model ({error})") from None
         if candidates[stage].outputs != reference.outputs:
             raise RuntimeFailed(f"the {stage} model has outputs {candidates[stage].outputs}, not {reference.outputs}")
-    found: dict[str, dict[str, Difference]] = {stage: {} for stage in candidates}
+    found: dict[tuple[str, str], dict[str, Difference]] = {(stage, "default"): {} for stage in candidates}
+    precise: dict[str, Session | None] = {}
     noise: dict[str, float] = {}
     deterministic, samples, shapes = True, 0, {}
     for number, batch in enumerate(_batches(request, reference, say)):
@@ -144,21 +150,53 @@ def _compare(request: Request, say: child.Report) -> Comparison:
             deterministic, noise = _own_noise(request, reference, batch, outputs)
         for stage, session in candidates.items():
             say(f"running the {stage} model")
-            try:
-                results = session.run(batch.feed)
-            except RuntimeFailed as error:
-                raise RuntimeFailed(f"the {stage} model fails where the source runs ({error})") from None
-            for name, values in outputs.items():
-                difference = found[stage].setdefault(name, Difference(name))
-                try:
-                    difference.add(values, results[name], batch.labels, request.atol, request.rtol)
-                except (ValueError, KeyError) as error:
-                    raise RuntimeFailed(f"the {stage} model: {error}") from None
+            if number == 0 and stage in request.integers:
+                precise[stage] = _precise(Path(request.candidates[stage]), session, batch)
+            for kind, runner in (("default", session), ("precise", precise.get(stage))):
+                if runner is not None:
+                    _add(found.setdefault((stage, kind), {}), stage, runner, outputs, batch, request)
         samples += batch.count
     if not samples and request.count:
         raise BadSamples(f"{request.samples}: there are no samples in it, or fewer than the model takes at once")
-    stages = {stage: [difference.summary() for difference in by_name.values()] for stage, by_name in found.items()}
-    return Comparison(stages, noise, samples, request.samples is None, deterministic, shapes)
+    judged = {stage: found.get((stage, "precise"), found[stage, "default"]) for stage in candidates}
+    stages = {stage: [difference.summary() for difference in by_name.values()] for stage, by_name in judged.items()}
+    saturated = {
+        stage: min((d.sqnr_db for d in found[stage, "default"].values() if d.sqnr_db is not None), default=0.0)
+        for stage in candidates
+        if (stage, "precise") in found
+    }
+    return Comparison(stages, noise, samples, request.samples is None, deterministic, shapes, saturated)
+
+
+def _add(
+    found: dict[str, Difference],
+    stage: str,
+    session: Session,
+    outputs: dict[str, Any],
+    batch: Batch,
+    request: Request,
+) -> None:
+    """Fold in how the outputs of a candidate on one batch differ from those of the reference."""
+    try:
+        results = session.run(batch.feed)
+    except RuntimeFailed as error:
+        raise RuntimeFailed(f"the {stage} model fails where the source runs ({error})") from None
+    for name, values in outputs.items():
+        difference = found.setdefault(name, Difference(name))
+        try:
+            difference.add(values, results[name], batch.labels, request.atol, request.rtol)
+        except (ValueError, KeyError) as error:
+            raise RuntimeFailed(f"the {stage} model: {error}") from None
+
+
+def _precise(path: Path, session: Session, batch: Batch) -> Session | None:
+    """A session without saturating kernels, where these change the outputs; None where they do not, or it fails."""
+    try:
+        made = Session(path, precise=True)
+        changes = _relative(made.run(batch.feed), session.run(batch.feed))
+    except RuntimeFailed:
+        return None
+    return made if max(changes.values(), default=0.0) > SATURATED else None
 
 
 def _run(reference: Session, batch: Batch, request: Request) -> dict[str, Any]:

@@ -218,6 +218,9 @@ class _arrays:
             lengths[item.name] = stream.shape[0] if stream.shape else 0
             fixed = item.shape[0] if item.shape else 1
             batch = 1 if stacked else min(batch, fixed) if isinstance(fixed, int) and fixed > 0 else batch
+        if len(set(lengths.values())) > 1 and self._is_one_feed(lengths):
+            yield Batch({item.name: self._streams[item.name].take(lengths[item.name]) for item in self._inputs})
+            return
         if len(set(lengths.values())) != 1:
             raise BadSamples(f"{self._path}: the inputs have different numbers of samples: {lengths}")
         (total,) = set(lengths.values())
@@ -229,6 +232,13 @@ class _arrays:
             if number < batch and not ragged:
                 break  # the model takes whole batches only
             yield self._next(number, labels)
+
+    def _is_one_feed(self, lengths: dict[str, int]) -> bool:
+        """Whether the arrays are what the model takes at once, with first axes that mean different things."""
+        return all(
+            len(self._streams[item.name].shape) == len(item.shape) and item.shape[:1] == (lengths[item.name],)
+            for item in self._inputs
+        )
 
     def _next(self, number: int, labels: _Stream | None) -> Batch:
         feed = {}

@@ -78,8 +78,8 @@ class Statistics:
         """One row: the magnitudes of the tensor, after splitting its channels by ``plan`` if there is one.
 
         A split channel leaves the counts of the tensor, and each of its copies enters with its values times its gain.
-        Where it lay is known to within a part of its own histogram. The peak of the row is that of the last part that
-        holds a value; the exact one is :meth:`peak`.
+        Where it lay is known to within a part of its own histogram. The parts are taken to end at the exact peak, which
+        moves them by less than one in two thousand.
         """
         counts = self.counts.astype(np.float64)
         if plan is not None and plan.extra:
@@ -90,7 +90,7 @@ class Statistics:
         centers, total = (np.arange(number) + 0.5) * width, max(counts.sum(), 1)
         return Histogram(
             counts[None],
-            np.array([number * width]),
+            np.array([self.peak(plan)]),
             np.array([counts @ centers / total]),
             np.array([counts @ np.square(centers) / total]),
         )

@@ -39,10 +39,7 @@ class ChooseActivationSteps:
 
     def _threshold(self, seen: Statistics, data: ActivationPlan) -> float:
         split = joined(list(data.splits)) if data.splits else None
-        peak = seen.peak(split)
-        if peak == 0:
-            return 0.0
-        return float(min(peak, thresholds(seen.histogram(split), self.clip, self._grid(data).bits)[0]))
+        return float(thresholds(seen.histogram(split), self.clip, self._grid(data).bits)[0])
 
     def _grid(self, data: ActivationPlan) -> Grid:
         """The symmetric grid with the same points from 0 on."""

@@ -47,4 +47,12 @@ class ChooseGrid:
         return narrowest(self._bits(plan)) if self.narrow else 8
 
     def _per_channel(self, plan: LayerPlan) -> bool:
-        return self.per_channel and plan.layer.output_axis is not None
+        return self.per_channel and plan.layer.output_axis is not None and not _is_refused(plan)
+
+
+def _is_refused(plan: LayerPlan) -> bool:
+    """Whether onnxruntime 1.32 fails on a scale per channel: it takes an integer kernel that knows none such."""
+    layer = plan.layer
+    if layer.node.op != "MatMul" or plan.activation is None:
+        return False
+    return layer.weight_input == 0 or len(layer.weight.shape) > 2
