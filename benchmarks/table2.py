@@ -1,0 +1,80 @@
+"""Table 2 of the paper: weights of 8 to 4 bits, activations of 8: ``python benchmarks/table2.py``.
+
+``--preset paper`` (one scale per tensor, first and dense layers float), activations quantized to 8 bits without
+clipping after calibration: clip methods of the weights without splitting, ratios of splitting without clipping, and
+splitting together with the clip method that is best at that width. Figures are of the emitted models in onnxruntime:
+top-1 on the images with labels, and agreement with the float model on all. Exit status 1 where the paper's order does
+not show on SqueezeNet: splitting ahead of clipping at 6 and 5 bits, and both together first at 4.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from networks import Figures, Network, add_options, compare, networks, outputs, paper
+
+from onnx_ocs import quantize
+
+CLIPS = ("none", "mse", "aciq", "kl")
+RATIOS = (0.01, 0.02, 0.05)
+COLUMNS = [*CLIPS, *(f"OCS {ratio:g}" for ratio in RATIOS), *(f"OCS {ratio:g} + best clip" for ratio in RATIOS)]
+
+
+def row(network: Network, bits: int, act_bits: int | None, stats: Path) -> dict[str, Figures]:
+    """The figures of one width."""
+    reference = outputs(network.model, network.images)
+
+    def figures(clip: str, ratio: float) -> Figures:
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder, "out.onnx")
+            activations = {"act_bits": act_bits, "act_clip": "none", "stats": stats} if act_bits else {}
+            common = {"preset": "paper", "bits": bits, "verify": False, "container": "int8"}
+            quantize(network.model, target, clip=clip, ratio=ratio, **common, **activations)
+            return compare(reference, outputs(target, network.images), network.labels)
+
+    found = {clip: figures(clip, 0) for clip in CLIPS}
+    best = max(CLIPS[1:], key=lambda clip: found[clip].agreement)
+    found |= {f"OCS {ratio:g}": figures("none", ratio) for ratio in RATIOS}
+    return found | {f"OCS {ratio:g} + best clip": figures(best, ratio) for ratio in RATIOS}
+
+
+def broken_order(bits: int, found: dict[str, Figures]) -> bool:
+    """Whether the paper's order is missing."""
+    clipped = max(found[clip].agreement for clip in CLIPS)
+    split = max(found[f"OCS {ratio:g}"].agreement for ratio in RATIOS)
+    both = max(found[f"OCS {ratio:g} + best clip"].agreement for ratio in RATIOS)
+    if bits in (5, 6):
+        return split <= clipped
+    return bits == 4 and both <= max(split, clipped)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    parser.add_argument("--bits", type=int, nargs="+", default=[8, 7, 6, 5, 4])
+    parser.add_argument("--weights-only", action="store_true", help="leave the activations float")
+    arguments = parser.parse_args()
+    broken = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for network in networks(arguments):
+            stats = Path(folder, f"{network.name}.npz")
+            quantize(network.model, calibrate=network.calibration, save_stats=stats, verify=False)
+            print(f"\n{network.name}: top-1 / agreement, in percent\n\n| bits | {' | '.join(COLUMNS)} |")
+            print("|---" * (len(COLUMNS) + 1) + "|")
+            for bits in arguments.bits:
+                found = row(network, bits, None if arguments.weights_only else 8, stats)
+                cells = [f"{found[name].top1:.1f} / {found[name].agreement:.1f}" for name in COLUMNS]
+                print(f"| {bits} | {' | '.join(cells)} |", flush=True)
+                broken += network.name.startswith("SqueezeNet") and broken_order(bits, found)
+    lines = paper("table2_imagenet_weight_bits.csv")
+    names = list(lines[0])
+    print(f"\nThe paper, top-1:\n\n| {' | '.join(names)} |\n{'|---' * len(names)}|")
+    for line in lines:
+        print(f"| {' | '.join(line.values())} |")
+    print(f"\n{broken} promises broken")
+    return int(bool(broken))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
