@@ -16,8 +16,36 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from common import assets, measure, onnx_ocs
+
+SAMPLES = """
+import sys
+from pathlib import Path
+import numpy as np
+from onnx_ocs.errors import RuntimeFailed
+from onnx_ocs.graph.editor import Editor
+from onnx_ocs.graph.hints import table_lengths
+from onnx_ocs.graph.model import Model
+from onnx_ocs.graph.samples import GUESSES, generate
+from onnx_ocs.graph.session import Session
+session, bounds = Session(Path(sys.argv[1])), table_lengths(Editor(Model.load(sys.argv[1])))
+def works(guess):
+    feed = generate(session.inputs, guess, bounds, np.random.default_rng(0))
+    if sum(values.nbytes for values in feed.values()) > 2**28:
+        return False
+    try:
+        outputs = session.run(feed)
+    except RuntimeFailed:
+        return False
+    return all(np.isfinite(v).all() for v in outputs.values() if v.dtype.kind == "f")
+guess = next(filter(works, GUESSES))
+for seed in range(8):
+    feed = generate(session.inputs, guess, bounds, np.random.default_rng(seed))
+    np.savez(Path(sys.argv[2], f"{seed}.npz"), **feed)
+"""
+"""Eight batches of random samples, by the shapes on which the graph runs."""
 
 WEIGHTED = ("Conv", "Gemm", "MatMul", "ConvTranspose")
 
@@ -33,22 +61,35 @@ class Ending:
     check_line: str = ""
     quantized: int = 0
     declined: Counter[str] = field(default_factory=Counter)  # constant weights left float, by reason
+    data: Counter[str] = field(default_factory=Counter)  # of layers with quantized weights, what their data is
 
 
-def run_one(graph: Path, name: str, options: list[str]) -> Ending:
+def run_one(graph: Path, name: str, options: list[str], calibrated: bool) -> Ending:
     """Quantize one graph, and check the result."""
     with tempfile.TemporaryDirectory() as folder:
-        target, report = Path(folder, "out.onnx"), Path(folder, "report.json")
+        target, report, samples = Path(folder, "out.onnx"), Path(folder, "report.json"), Path(folder, "samples")
+        given: list[str] = []
+        if calibrated:
+            samples.mkdir()
+            measure([sys.executable, "-c", SAMPLES, str(graph), str(samples)], timeout=300)
+            options = [*options, "--calibrate", str(samples)]
+            given = ["--inputs", str(samples)]
         done = measure(onnx_ocs(graph, target, "--bits", 8, "--report", report, *options), timeout=300)
         line = done.errors.splitlines()[-1] if done.errors else ""
         if done.status or not target.exists():
             return Ending(name, done.status, line)
         layers = [row for row in json.loads(report.read_text())["layers"] if row["op"] in WEIGHTED]
         quantized = sum(row["status"] != "declined" for row in layers)
+        data = Counter(_data(row) for row in layers if row["status"] != "declined") if calibrated else Counter()
         declined = Counter(row["reason"] for row in layers if row["status"] == "declined" and _constant(row["reason"]))
-        checked = measure(onnx_ocs("check", graph, target, "--min-sqnr", 20), timeout=300)
+        checked = measure(onnx_ocs("check", graph, target, "--min-sqnr", 20, *given), timeout=300)
         check_line = checked.errors.splitlines()[-1] if checked.errors else ""
-        return Ending(name, done.status, line, checked.status, check_line, quantized, declined)
+        return Ending(name, done.status, line, checked.status, check_line, quantized, declined, data)
+
+
+def _data(row: dict[str, Any]) -> str:
+    """What was done with the data of a layer."""
+    return "quantized" if row["act_bits"] else f"float: {row['act_reason']}"
 
 
 def _constant(reason: str) -> bool:
@@ -68,6 +109,7 @@ def main() -> int:
     parser.add_argument("--weighted", action="store_true", help="only graphs with constant weights")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--match", default="", help="only graphs whose path matches this pattern")
+    parser.add_argument("--calibrated", action="store_true", help="quantize the data as well, by random samples")
     parser.add_argument("--csv", type=Path, help="write how each graph ended")
     arguments, options = parser.parse_known_args()
     corpus = assets() / "corpus"
@@ -76,7 +118,7 @@ def main() -> int:
     names = [name for name in rows if re.search(arguments.match, name) and (not arguments.weighted or name in weighted)]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
         zipfile.ZipFile(corpus / "corpus.zip").extractall(folder)
-        endings = list(pool.map(lambda name: run_one(Path(folder, name), name, options), names))
+        endings = list(pool.map(lambda name: run_one(Path(folder, name), name, options, arguments.calibrated), names))
     return tally(endings, {path for path in weighted if rows[path]["ort_run"] == "1"}, arguments.csv)
 
 
@@ -99,6 +141,8 @@ def tally(endings: list[Ending], running: set[str], file: Path | None) -> int:
         f"written: {len(kept)} ({len(kept) / max(1, len(counted)):.1%})"
     )
     print(f"constant weights in those: {weights}, quantized: {quantized} ({quantized / max(1, weights):.1%})")
+    for what, number in sum((e.data for e in kept), Counter[str]()).most_common():
+        print(f"  {number:4d} x data {what}")
     for reason, number in left.most_common():
         print(f"  {number:4d} x left float: {reason}")
     for ending in counted:

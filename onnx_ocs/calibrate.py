@@ -2,8 +2,8 @@
 
 Each batch is folded into sums, extremes and histograms as it passes (:mod:`onnx_ocs.numerics.statistics`); memory does
 not grow with the number of samples. One pass over the samples: the percentile beyond which values count as outliers is
-that of all values seen so far. With a stride above 1 the histograms take every stride-th position, from a seeded
-start that differs from batch to batch; extremes and means are of all values always.
+that of all values seen so far. With a stride above 1 the histograms take every stride-th position (more of tensors
+that have few), from a seeded start that differs from batch to batch; extremes and means are of all values always.
 """
 
 import io
@@ -112,7 +112,7 @@ def load(path: Path, digest: str | None = None) -> Seen:
         BadSamples: the file is none of statistics, or of another model than that with ``digest``.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             head = json.loads(str(stored["head"]))
             if digest is not None and head["model"] != digest:
                 raise BadSamples(f"{path}: statistics of another model; calibrate this one with --calibrate")

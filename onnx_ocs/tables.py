@@ -17,12 +17,14 @@ def result(report: dict[str, Any], target: Path) -> Table:
         rows = [row for row in report["layers"] if row["status"] == status]
         if rows:
             table.add_row(f"layers {status}", _reasons(rows))
+    if data := _activations(report["layers"]):
+        table.add_row("activations", data)
     size, overhead = report["size"], report["overhead"]
     table.add_row(
         "size", f"{_bytes(size['before'])} -> {_bytes(size['after'])} ({size['after'] / max(1, size['before']):.1%})"
     )
     if overhead["weights"] > 1:
-        table.add_row("overhead", f"weights x{overhead['weights']:.3f}, channels x{overhead['activations']:.3f}")
+        table.add_row("overhead", f"weights x{overhead['weights']:.3f}, activations x{overhead['activations']:.3f}")
     for name, value in _verified(report["verification"]):
         table.add_row(name, value)
     for note in report["notes"]:
@@ -36,6 +38,21 @@ def _reasons(rows: list[dict[str, Any]]) -> str:
     counts = Counter(row["reason"] for row in rows if row["reason"])
     why = "; ".join(f"{reason} ({count})" if len(rows) > 1 else reason for reason, count in counts.most_common())
     return f"{len(rows)}" + (f": {why}" if why else "")
+
+
+def _activations(rows: list[dict[str, Any]]) -> str:
+    """What became of the data of the layers; empty where it stays float everywhere."""
+    rows = [row for row in rows if row["status"] != "declined"]
+    bits = Counter(row["act_bits"] for row in rows if row["act_bits"] is not None)
+    if not bits:
+        return ""
+    parts = [f"{count} of {len(rows)} on {width} bits" for width, count in sorted(bits.items())]
+    if split := sum(row["act_extra"] > 0 for row in rows):
+        parts.append(f"{split} split")
+    if any(row.get("act_scale") == "batch" for row in rows):
+        parts.append("scales of each batch")
+    left = Counter(row["act_reason"] for row in rows if row["act_bits"] is None)
+    return ", ".join(parts) + "".join(f"; {count} float: {reason}" for reason, count in left.most_common())
 
 
 def _verified(verification: dict[str, Any] | None) -> list[tuple[str, str]]:

@@ -16,6 +16,9 @@ from onnx_ocs.graph.model import Model
 START = "onnx_ocs.start"
 """The input that says at which position the taken values begin, below the stride."""
 
+ENOUGH = 1024
+"""Values of a sample that are taken at least, if it has so many."""
+
 LAST = np.iinfo(np.int64).max
 
 LOW, HIGH, MEAN = "onnx_ocs.low", "onnx_ocs.high", "onnx_ocs.mean"
@@ -51,6 +54,14 @@ class Observed:
         behind = (self.shape or (None,))[self.axis + 1 :] if self.axis < -1 else (None,)
         return None if None in behind else math.prod(behind)  # type: ignore[arg-type]
 
+    def step(self, stride: int) -> int:
+        """Positions from one taken value to the next: fewer than ``stride`` where a sample has few values."""
+        if self.axis == -1:
+            return 1 if self.shape is not None and len(self.shape) == 2 else stride
+        if self.inner is None:
+            return stride
+        return max(1, min(stride, self.channels * self.inner // ENOUGH, self.inner))
+
 
 def taken(index: int) -> str:
     """The output with the taken values of the tensor ``index``."""
@@ -65,14 +76,13 @@ def size(index: int) -> str:
 def observing(model: Model, tensors: list[Observed], stride: int) -> Model:
     """The model that computes figures of ``tensors`` in place of its own outputs.
 
-    Taken values are (outer, C, inner) or, where the channels are last, (outer, C): every ``stride``-th position from
-    :data:`START` on, and all of them where there are fewer.
+    Taken values are (outer, C, inner) or, where the channels are last, (outer, C): every :meth:`Observed.step`-th
+    position from :data:`START` on.
     """
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     del proto.graph.output[:]
     build = _Builder(proto.graph, model.opset())
-    build.constant("step", [stride])
     build.constant("last", [LAST])
     for index, tensor in enumerate(tensors):
         build.observe(index, tensor, stride)
@@ -105,16 +115,18 @@ class _Builder:
             rank = len(tensor.shape)
             shape, axis = [0] * (rank + tensor.axis + 1) + [-1], -1
             over = [place for place in range(rank) if place != rank + tensor.axis]
-        few = tensor.inner is not None and tensor.inner < stride
-        whole = stride == 1 or few or (tensor.axis == -1 and tensor.shape is not None and len(tensor.shape) == 2)
+        step = tensor.step(stride)
+        whole = step == 1
         rows = taken(index) if whole else f"onnx_ocs.{name}.rows"
         self._node("Reshape", [values, self.constant(f"{name}.shape", shape)], rows)
         for op, figure in REDUCTIONS.items():
             self._reduce(op, rows if tensor.axis == -1 else values, over, f"{figure}.{index}")
         if not whole:
             axes = self.constant(f"{name}.axis", [axis])
-            start = START if tensor.inner is not None else self._wrapped(rows, axes, name)
-            self._node("Slice", [rows, start, "onnx_ocs.last", axes, "onnx_ocs.step"], taken(index))
+            by = self.constant(f"{name}.step", [step])
+            length = by if tensor.inner is not None else self._length(rows, axes, name)
+            start = self._node("Mod", [START, length], f"onnx_ocs.{name}.from")
+            self._node("Slice", [rows, start, "onnx_ocs.last", axes, by], taken(index))
         self._output(taken(index))
         if not whole and tensor.inner is None:
             self._output(self._node("Size", [values], size(index)), TensorProto.INT64)
@@ -127,11 +139,10 @@ class _Builder:
     def _output(self, name: str, data_type: int = TensorProto.FLOAT) -> None:
         self._graph.output.append(helper.make_tensor_value_info(name, data_type, None))
 
-    def _wrapped(self, rows: str, axes: str, name: str) -> str:
-        """:data:`START` modulo the length of an axis that may be shorter than a step."""
+    def _length(self, rows: str, axes: str, name: str) -> str:
+        """The length of an axis, which may be shorter than a step."""
         shape = self._node("Shape", [rows], f"onnx_ocs.{name}.sizes")
-        length = self._node("Gather", [shape, axes], f"onnx_ocs.{name}.length")
-        return self._node("Mod", [START, length], f"onnx_ocs.{name}.from")
+        return self._node("Gather", [shape, axes], f"onnx_ocs.{name}.length")
 
     def _reduce(self, op: str, values: str, axes: list[int], output: str) -> None:
         if self._by_input:

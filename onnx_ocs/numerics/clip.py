@@ -37,16 +37,19 @@ class ClipMethod:
     choose: Method
     parameter: str = ""  # the letter it has in the help; empty where there is none
     highest: float = math.inf  # of the parameter, which is above 0
+    skips_zeros: bool = False  # values that are exactly zero, which every grid holds, are no part of its density
 
 
 CLIP_METHODS: dict[str, ClipMethod] = {}
 
 
-def clip_method(name: str, parameter: str = "", highest: float = math.inf) -> Callable[[Method], Method]:
+def clip_method(
+    name: str, parameter: str = "", highest: float = math.inf, skips_zeros: bool = False
+) -> Callable[[Method], Method]:
     """Register a method under the name that users choose."""
 
     def register(function: Method) -> Method:
-        CLIP_METHODS[name] = ClipMethod(function, parameter, highest)
+        CLIP_METHODS[name] = ClipMethod(function, parameter, highest, skips_zeros)
         return function
 
     return register
@@ -59,7 +62,7 @@ def clip_names() -> list[str]:
     ]
 
 
-def parse_clip(text: str) -> tuple[Method, float]:
+def parse_clip(text: str) -> tuple[ClipMethod, float]:
     """The method that ``text`` names, and its parameter (0 where it takes none).
 
     Raises:
@@ -67,11 +70,11 @@ def parse_clip(text: str) -> tuple[Method, float]:
     """
     name, colon, value = text.partition(":")
     if not colon and re.match(r"[-+.\d]", text):
-        return _fraction, _number(text, text, 1.0)
+        return ClipMethod(_fraction), _number(text, text, 1.0)
     if name not in CLIP_METHODS or bool(colon) != bool(CLIP_METHODS[name].parameter):
         raise ValueError(f"clip must be one of {', '.join(clip_names())}, not {text!r}")
     method = CLIP_METHODS[name]
-    return method.choose, _number(text, value, method.highest) if colon else 0.0
+    return method, _number(text, value, method.highest) if colon else 0.0
 
 
 def _number(text: str, value: str, highest: float) -> float:
@@ -91,9 +94,10 @@ def thresholds(seen: Histogram, clip: str, bits: int) -> Thresholds:
     Raises:
         ValueError: ``clip`` is no method.
     """
-    choose, parameter = parse_clip(clip)
+    method, parameter = parse_clip(clip)
+    counted = seen.without_zeros() if method.skips_zeros else seen
     with np.errstate(over="ignore", under="ignore"):  # what lies beyond float64 is beyond the bounds as well
-        chosen = choose(seen, bits, parameter)
+        chosen = method.choose(counted, bits, parameter)
     return np.clip(chosen, np.minimum(seen.peak, np.finfo(np.float64).smallest_subnormal), seen.peak)
 
 
@@ -123,7 +127,7 @@ def _squared_errors(parts: NDArray[np.float64], values: NDArray[np.float64], lev
     return np.square(values - rounded)
 
 
-@clip_method("aciq")
+@clip_method("aciq", skips_zeros=True)
 def analytic(seen: Histogram, bits: int, parameter: float) -> Thresholds:
     """The least expected error under the nearer of two densities (Banner et al., arXiv:1810.05723), for 2^b - 1 points.
 
@@ -160,7 +164,7 @@ def gauss_factor(levels: int) -> float:
     return low
 
 
-@clip_method("kl")
+@clip_method("kl", skips_zeros=True)
 def least_divergence(seen: Histogram, bits: int, parameter: float) -> Thresholds:
     """The least divergence of the clipped histogram from its merged one (Migacz, GTC 2017).
 
@@ -231,7 +235,7 @@ SAWB = {
 """c1 and c2 of each number of bits, for a symmetric grid of 2^b - 1 points that rounds to nearest (see ``sawb``)."""
 
 
-@clip_method("sawb")
+@clip_method("sawb", skips_zeros=True)
 def statistics_aware(seen: Histogram, bits: int, parameter: float) -> Thresholds:
     """``c1 sqrt(E x²) - c2 E|x|`` (statistics-aware weight binning; Choi et al., arXiv:1807.06964).
 

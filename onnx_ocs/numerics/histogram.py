@@ -26,6 +26,7 @@ class Histogram:
     peak: NDArray[np.float64]  # (rows,), the largest magnitude
     mean: NDArray[np.float64]  # (rows,), E|x|
     square: NDArray[np.float64]  # (rows,), E x²; 0 or infinite where float64 cannot hold it
+    zeros: NDArray[np.float64] | None = None  # (rows,), how many values in bin 0 are exactly zero, if it was counted
 
     @property
     def bins(self) -> int:
@@ -50,6 +51,15 @@ class Histogram:
         rest = self.select(~held)
         found[~held] = rest.peak * np.sqrt(rest.counts @ np.square(rest.centers) / np.maximum(rest.number, 1))
         return found
+
+    def without_zeros(self) -> "Histogram":
+        """The values that are not zero: what a density may be fitted to where a Relu has put many values on zero."""
+        if self.zeros is None or not self.zeros.any():
+            return self
+        counts = self.counts.copy()
+        counts[:, 0] -= self.zeros
+        left = self.number / np.maximum(counts.sum(axis=1), 1)
+        return Histogram(counts, self.peak, self.mean * left, self.square * left)
 
     def select(self, rows: NDArray[np.bool]) -> "Histogram":
         """The histograms of the rows where the mask ``rows`` is set."""

@@ -56,6 +56,7 @@ class Statistics:
     reach: float  # the histograms cover the magnitudes in [0, reach)
     counts: NDArray[np.int64]  # (PARTS,), of the whole tensor
     channel_counts: NDArray[np.uint32]  # (C, parts), of a sample of each channel
+    zeros: int  # of those counted in ``counts``, how many are exactly zero
     values: int  # in the whole tensor, over all samples
     samples: int
 
@@ -93,6 +94,7 @@ class Statistics:
             np.array([self.peak(plan)]),
             np.array([counts @ centers / total]),
             np.array([counts @ np.square(centers) / total]),
+            np.array([min(float(self.zeros), counts[0])]),
         )
 
     def peak(self, plan: SplitPlan | None = None) -> float:
@@ -102,19 +104,25 @@ class Statistics:
         return float((self.peaks[plan.source] * plan.gain).max())
 
     def _split_counts(self, counts: NDArray[np.float64], plan: SplitPlan) -> NDArray[np.float64]:
-        """The counts of the tensor with those of its split channels moved to where their copies lie."""
-        scale = counts.sum() / max(1, self.channel_counts.sum(dtype=np.int64))
+        """The counts of the tensor with those of its split channels moved to where their copies lie.
+
+        In each part of the channels' histograms a channel has the share of the tensor's counts that it has of the
+        sampled ones; where none was sampled that of the nearest parts.
+        """
+        parts = self.channel_counts.shape[1]
+        total = self.channel_counts.sum(axis=0, dtype=np.float64)
+        known = np.flatnonzero(total)
         copies = np.bincount(plan.source, minlength=self.channels)
-        wide = PARTS // self.channel_counts.shape[1]
-        fine = {c: np.repeat(self.channel_counts[c] * (scale / wide), wide) for c in np.flatnonzero(copies > 1)}
-        for row in fine.values():
-            counts -= row
-        np.maximum(counts, 0, out=counts)
-        for channel, gain in zip(plan.source, plan.gain, strict=True):
-            if channel in fine:
+        moved = {}
+        for channel in np.flatnonzero(copies > 1).tolist():
+            share = np.interp(np.arange(parts), known, self.channel_counts[channel, known] / total[known])
+            moved[channel] = counts * np.repeat(share, PARTS // parts)
+        made = counts - sum(moved.values())
+        for channel, gain in zip(plan.source.tolist(), plan.gain, strict=True):
+            if channel in moved:
                 places = ((np.arange(PARTS) + 0.5) * gain).astype(np.int64)
-                counts += np.bincount(places, fine[channel], PARTS)
-        return counts
+                made += np.bincount(places, moved[channel], PARTS)
+        return np.maximum(made, 0)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """As arrays, to be stored."""
@@ -127,7 +135,7 @@ class Statistics:
         Raises:
             KeyError: one is missing.
         """
-        plain: dict[str, Any] = {name: arrays[name].item() for name in ("reach", "values", "samples")}
+        plain: dict[str, Any] = {name: arrays[name].item() for name in ("reach", "zeros", "values", "samples")}
         return cls(**{item.name: plain.get(item.name, arrays[item.name]) for item in fields(cls)})
 
 
@@ -202,6 +210,7 @@ class _Tally:
         self._starts = (np.arange(channels) * self._parts).reshape(-1, 1)
         self._reach = self._edge_reach = 0.0
         self._edge = self._edge_counted = 0
+        self._zeros = 0
         self._counted = 0  # values of each channel in the histogram of the tensor
         self._waiting: list[NDArray[np.float32]] = []
         self._held, self._thin = 0, 1
@@ -226,6 +235,7 @@ class _Tally:
         outer, channels, inner = taken.shape
         self._counted += outer * inner
         self._square += np.einsum("ijk,ijk->j", taken, taken)
+        self._zeros += taken.size - int(np.count_nonzero(taken))
         if not self._reach:
             self._counts[0] += taken.size
             return
@@ -273,6 +283,7 @@ class _Tally:
             self._reach,
             self._counts,
             self._channel_counts.reshape(-1, self._parts),
+            self._zeros,
             values,
             samples,
         )

@@ -1,0 +1,289 @@
+"""Calibration: which samples it takes, what it refuses, and that the same samples give the same thresholds."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+from operators import HEAD, with_weights
+
+from onnx_ocs import BadSamples, quantize
+from onnx_ocs.cli import main
+
+CNN = """g (float[N,3,H,W] x) => (float[N,6,A,B] y) {
+    a = Conv <pads=[1,1,1,1]> (x, w1)
+    b = Relu(a)
+    y = Conv <pads=[1,1,1,1]> (b, w2) }"""
+
+
+def cnn():
+    model = onnx.parser.parse_model(f"{HEAD} {CNN}")
+    rng = np.random.default_rng(0)
+    for name, shape in (("w1", (8, 3, 3, 3)), ("w2", (6, 8, 3, 3))):
+        model.graph.initializer.append(
+            onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
+        )
+    return model
+
+
+def images(number=24, size=20, seed=0):
+    return np.random.default_rng(seed).standard_normal((number, 3, size, size)).astype(np.float32)
+
+
+def thresholds(result):
+    return [row["act_threshold"] for row in result.report["layers"]]
+
+
+def calibrated(samples, model=None, **options):
+    return thresholds(quantize(model or cnn(), calibrate=samples, verify=False, **options))
+
+
+def test_every_kind_of_samples_gives_the_same_thresholds(tmp_path):
+    batch = images()
+    np.savez(tmp_path / "a.npz", x=batch)
+    np.save(tmp_path / "a.npy", batch)
+    (tmp_path / "folder").mkdir()
+    for start in range(0, 24, 8):
+        np.savez(tmp_path / "folder" / f"{start:02}.npz", x=batch[start : start + 8])
+    for start in range(0, 24, 8):
+        data = tmp_path / "onnx" / f"test_data_set_{start:02}"
+        data.mkdir(parents=True)
+        (data / "input_0.pb").write_bytes(onnx.numpy_helper.from_array(batch[start : start + 8]).SerializeToString())
+    wanted = calibrated(tmp_path / "a.npz")
+    assert all(threshold > 0 for threshold in wanted)
+    parts = [batch[start : start + 8] for start in range(0, 24, 8)]
+    kinds = [
+        tmp_path / "a.npy",
+        tmp_path / "folder",
+        tmp_path / "onnx",
+        batch,
+        {"x": batch},
+        parts,
+        iter(parts),
+        ({"x": part} for part in parts),
+    ]
+    for samples in kinds:
+        assert calibrated(samples) == wanted
+
+
+def test_the_largest_magnitudes_are_those_of_all_values():
+    """Whatever the stride: the outlier stands where no sampled position is."""
+    batch = images()
+    batch[3, 1, 7, 5] = 50
+    (first, _) = calibrated(batch, act_clip="none")
+    assert first == 50
+
+
+def test_a_stride_of_one_counts_all_values_and_a_larger_one_nearly_as_well():
+    batch = images(64)
+    every, some = (calibrated(batch, calibration_stride=stride) for stride in (1, 31))
+    np.testing.assert_allclose(some, every, rtol=0.15)
+    assert some != every
+
+
+def test_an_iterable_is_read_no_further_than_asked():
+    read = []
+
+    def endless():
+        for seed in itertools.count():
+            read.append(seed)
+            yield images(2, seed=seed)
+
+    few = calibrated(endless(), calibration_samples=6)
+    assert len(read) <= 6
+    assert few == calibrated(np.concatenate([images(2, seed=seed) for seed in range(3)]), batch=2)
+
+
+def test_the_number_of_samples_and_the_batch_are_options(tmp_path):
+    batch = images()
+    np.save(tmp_path / "a.npy", batch)
+    assert calibrated(tmp_path / "a.npy", calibration_samples=8) == calibrated(batch[:8])
+    one, all_at_once = (calibrated(batch, batch=size, calibration_stride=1) for size in (1, 24))
+    assert one == all_at_once
+
+
+def test_several_inputs_and_dynamic_shapes():
+    text = """g (float[N,4] p, float[N,M] q, float[4,5] w, float[6,5] wq) => (float[N,5] y) {
+        s = Constant <value_ints=[6]> ()
+        a = MatMul(p, w)
+        b = MatMul(q, wq)
+        y = Add(a, b) }"""
+    model = with_weights(onnx.parser.parse_model(f"{HEAD} {text}"))
+    rng = np.random.default_rng(0)
+    samples = {"p": rng.random((9, 4), np.float32), "q": 2 * rng.random((9, 6), np.float32)}
+    first, second = calibrated(samples, model, act_clip="none")
+    assert first == samples["p"].max()
+    assert second == samples["q"].max()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_is_named_with_its_sample(tmp_path, value):
+    batch = images()
+    batch[13, 1, 7, 5] = value
+    np.save(tmp_path / "a.npy", batch)
+    with pytest.raises(BadSamples, match=r"sample 13 .*tensor 'x'"):
+        quantize(cnn(), tmp_path / "out.onnx", calibrate=tmp_path / "a.npy")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.npy"]
+
+
+def test_a_value_that_becomes_infinite_inside_is_named(tmp_path):
+    model = cnn()
+    model.graph.node[1].op_type = "Exp"
+    batch = images()
+    batch[5] = 100
+    with pytest.raises(BadSamples, match=r"sample 5 .*tensor 'b'"):
+        quantize(model, calibrate=batch)
+
+
+def test_statistics_are_saved_and_used_again(tmp_path):
+    stats = tmp_path / "stats.npz"
+    options = {"act_bits": 6, "act_ratio": 0.2}
+    first = quantize(cnn(), tmp_path / "a.onnx", calibrate=images(), save_stats=stats, verify=False, **options)
+    second = quantize(cnn(), tmp_path / "b.onnx", stats=stats, verify=False, **options)
+    assert thresholds(first) == thresholds(second)
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    other = cnn()
+    weight = onnx.numpy_helper.to_array(other.graph.initializer[0]) * 2
+    other.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(weight, "w1"))
+    with pytest.raises(BadSamples, match="statistics of another model"):
+        quantize(other, stats=stats)
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut"])
+def test_a_file_without_statistics_is_refused(tmp_path, content):
+    (tmp_path / "stats.npz").write_bytes(content)
+    with pytest.raises(BadSamples, match=r"stats\.npz"):
+        quantize(cnn(), stats=tmp_path / "stats.npz")
+    with pytest.raises(BadSamples, match=r"missing\.npz: cannot be read"):
+        quantize(cnn(), stats=tmp_path / "missing.npz")
+
+
+@pytest.mark.parametrize(
+    ("samples", "words"),
+    [
+        ({"z": images()}, "no array for input 'x'"),
+        (images().astype(np.float64), "takes float32, not float64"),
+        (images()[:, :2], "takes shape"),
+        ([], "holds no"),
+        ([3], "sample 0 is a int"),
+        (images(0), "no samples"),
+    ],
+)
+def test_samples_that_do_not_fit_are_refused(tmp_path, samples, words):
+    with pytest.raises(BadSamples, match=words):
+        quantize(cnn(), tmp_path / "out.onnx", calibrate=samples)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_model_is_verified_on_the_samples_it_was_calibrated_by():
+    found = quantize(cnn(), calibrate=images(100)).report["verification"]
+    assert (found["samples"], found["generated"]) == (64, False)
+
+
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_the_same_samples_give_the_same_bytes_whatever_the_number_of_threads(tmp_path, threads):
+    np.savez(tmp_path / "a.npz", x=images())
+    onnx.save(cnn(), tmp_path / "in.onnx")
+    command = [sys.executable, "-m", "onnx_ocs", "in.onnx", "out.onnx", "--calibrate", "a.npz", "--no-verify", "-q"]
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
+    cores = os.sched_getaffinity(0)
+    try:
+        if threads == "1":
+            os.sched_setaffinity(0, {min(cores)})
+        subprocess.run(command, cwd=tmp_path, check=True, env=environment)
+    finally:
+        os.sched_setaffinity(0, cores)
+    here = quantize(tmp_path / "in.onnx", tmp_path / "here.onnx", calibrate=tmp_path / "a.npz", verify=False)
+    assert here.path is not None
+    assert (tmp_path / "out.onnx").read_bytes() == here.path.read_bytes()
+
+
+def test_memory_does_not_grow_with_the_samples(tmp_path):
+    """64 and 512 samples of 120 KB: the process that observes holds a batch at a time."""
+
+    def peak(number):
+        np.save(tmp_path / "a.npy", images(number, 100))
+        code = (
+            "import resource, sys; from onnx_ocs import quantize\n"
+            "quantize('in.onnx', calibrate='a.npy', verify=False)\n"
+            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+        )
+        onnx.save(cnn(), tmp_path / "in.onnx")
+        return int(subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True).stdout)
+
+    assert peak(512) < 1.15 * peak(64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--act-bits", "8"], "act-bits needs samples"),
+        (["--act-bits", "9", "--calibrate", "a.npz"], "act-bits must be none or one of 2, 3"),
+        (["--act-bits", "8", "--act-clip", "best", "--calibrate", "a.npz"], "clip must be one of"),
+        (["--act-ratio", "-1", "--calibrate", "a.npz"], "act-ratio must be from 0 to 1"),
+        (["--act-split", "sometimes"], "invalid choice: 'sometimes'"),
+        (["--act-split", "dynamic"], "activations stay float without act-bits"),
+        (["--act-split", "dynamic", "--act-bits", "6", "--float"], "a float model has none"),
+        (["--calibrate", "a.npz", "--batch", "0"], "batch must be a whole number of at least 1"),
+        (["--calibrate", "a.npz", "--calibration-samples", "-3"], "calibration-samples must be"),
+        (["--calibrate", "a.npz", "--stats", "b.npz"], "give one of them"),
+        (["--save-stats", "b.npz"], "give samples"),
+        (["--calibrate", "a.npz", "--save-stats", "a.npz"], "are the same file"),
+        (["--quantize-ops", "Conv,Relu"], "quantize-ops must be among"),
+    ],
+)
+def test_wrong_usage_is_told_with_the_valid_choices(tmp_path, capsys, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    onnx.save(cnn(), "in.onnx")
+    with pytest.raises(SystemExit) as ended:
+        main(["in.onnx", "out.onnx", *arguments])
+    assert ended.value.code == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize("path", ["missing.npz", "text.npz"])
+def test_unusable_samples_end_with_status_3(tmp_path, capsys, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    onnx.save(cnn(), "in.onnx")
+    (tmp_path / "text.npz").write_text("no archive")
+    assert main(["in.onnx", "out.onnx", "--calibrate", path]) == 3
+    assert path in capsys.readouterr().err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in.onnx", "text.npz"]
+
+
+def test_the_recipe_of_a_report_runs_again_to_the_same_bytes(tmp_path, capsys):
+    source, report, samples = tmp_path / "in.onnx", tmp_path / "r.json", tmp_path / "a.npy"
+    onnx.save(cnn(), source)
+    np.save(samples, images())
+    options = ["--act-bits", "5", "--act-clip", "aciq", "--act-ratio", "0.1", "--bits", "6", "-q"]
+    common = ["--calibrate", str(samples)]
+    assert main([str(source), str(tmp_path / "a.onnx"), *options, *common, "--report", str(report)]) == 0
+    assert main([str(source), str(tmp_path / "b.onnx"), "--recipe", str(report), *common, "-q"]) == 0
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    recipe = json.loads(report.read_text())["recipe"]
+    assert (recipe["act_bits"], recipe["act_clip"], recipe["act_ratio"]) == (5, "aciq", 0.1)
+
+
+def test_the_table_tells_what_became_of_the_data(tmp_path, capsys):
+    onnx.save(cnn(), tmp_path / "in.onnx")
+    np.save(tmp_path / "a.npy", images())
+    assert main([str(tmp_path / "in.onnx"), str(tmp_path / "o.onnx"), "--calibrate", str(tmp_path / "a.npy")]) == 0
+    shown = capsys.readouterr().out
+    assert "activations" in shown
+    assert "2 of 2 on 8 bits" in shown
+
+
+def test_only_the_asked_operators_are_quantized():
+    text = """g (float[N,6] x, float[6,5] w1, float[5,4] w2) => (float[N,4] y) {
+        a = Gemm(x, w1)
+        y = MatMul(a, w2) }"""
+    model = with_weights(onnx.parser.parse_model(f"{HEAD} {text}"))
+    batch = np.random.default_rng(0).random((8, 6), np.float32)
+    report = quantize(model, calibrate=batch, quantize_ops=("Gemm",), verify=False).report
+    assert [(row["op"], row["status"] != "declined") for row in report["layers"]] == [("Gemm", True), ("MatMul", False)]
