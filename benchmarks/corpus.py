@@ -72,7 +72,7 @@ def run_one(graph: Path, name: str, options: list[str], calibrated: bool) -> End
         if calibrated:
             samples.mkdir()
             measure([sys.executable, "-c", SAMPLES, str(graph), str(samples)], timeout=300)
-            options = [*options, "--calibrate", str(samples)]
+            options = [*options, "--calibrate", str(samples), "--min-sqnr", "20"]
             given = ["--inputs", str(samples)]
         done = measure(onnx_ocs(graph, target, "--bits", 8, "--report", report, *options), timeout=300)
         line = done.errors.splitlines()[-1] if done.errors else ""

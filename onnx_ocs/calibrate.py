@@ -8,6 +8,7 @@ that have few), from a seeded start that differs from batch to batch; extremes a
 
 import io
 import json
+import math
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_ocs import child
-from onnx_ocs.errors import BadSamples, RuntimeFailed
+from onnx_ocs.errors import BadSamples, RuntimeFailed, UnsupportedModel
 from onnx_ocs.graph import files
 from onnx_ocs.graph.model import Model
 from onnx_ocs.graph.observe import HIGH, LOW, MEAN, START, Observed, observing, size, taken
@@ -75,7 +76,8 @@ def calibrate(
 
     Raises:
         BadSamples: they do not fit the model, or lead to values that are not finite.
-        RuntimeFailed: onnxruntime refuses the observing model, crashed or ran out of time.
+        UnsupportedModel: onnxruntime refuses the model.
+        RuntimeFailed: it crashed or ran out of time.
     """
     if not tensors:
         return {}
@@ -138,7 +140,10 @@ def observe(request: Request, say: child.Report) -> dict[str, Any]:
     try:
         session = Session(Path(request.model))
     except RuntimeFailed as error:
-        raise RuntimeFailed(f"{request.name}: onnxruntime cannot load it for calibration ({error})") from None
+        raise UnsupportedModel(
+            f"{request.name}: onnxruntime cannot load it for calibration ({error}); leave --calibrate out, and its "
+            "activations stay float"
+        ) from None
     inputs = [item for item in session.inputs if item.name != START]
     recorder = Recorder([tensor.channels for tensor in tensors])
     thin = THIN * STRIDE if request.stride == 1 else THIN
@@ -147,7 +152,7 @@ def observe(request: Request, say: child.Report) -> dict[str, Any]:
     for batch in read_samples(Path(request.samples), inputs, request.batch, request.limit):
         if samples == 0:
             say(f"calibrating {request.name}")
-        found = _run(session, batch, int(rng.integers(0, request.stride)), request)
+        found = _run(session, batch, int(rng.integers(0, 2**31)), request)
         if not np.isfinite(found[MEAN]).all():
             raise BadSamples(_place(session, batch, samples, tensors, request))
         values, seen = zip(*(_taken(found, index, tensor) for index, tensor in enumerate(tensors)), strict=True)
@@ -167,11 +172,8 @@ def observe(request: Request, say: child.Report) -> dict[str, Any]:
 def _taken(found: Feed, index: int, tensor: Observed) -> tuple[int, NDArray[np.float32]]:
     """How many values a tensor has, and those that were taken as (outer, C, inner)."""
     values = found[taken(index)]
-    inner = values.shape[-1] if tensor.axis < -1 else 1
-    arranged = values.reshape(-1, tensor.channels, inner)
-    if size(index) in found:
-        return int(found[size(index)]), arranged
-    return len(arranged) * tensor.channels * (tensor.inner or inner), arranged
+    inner = math.prod(values.shape[tensor.axis + 1 :]) if tensor.axis < -1 else 1
+    return int(found.get(size(index), values.size)), values.reshape(-1, tensor.channels, inner)
 
 
 def _run(session: Session, batch: Batch, start: int, request: Request) -> dict[str, NDArray[Any]]:

@@ -44,8 +44,8 @@ LOW_SQNR = 10.0
 """Below this many dB the report says that the result may be of little use."""
 
 SATURATES = (
-    "on this CPU onnxruntime's 8-bit integer kernels saturate: {:.1f} dB SQNR by default; the figures are those with "
-    "the session's configuration entry session.x64quantprecision = 1, which weights of 7 bits do not need"
+    "on this CPU onnxruntime's 8-bit integer kernels saturate: {:.1f} dB SQNR by default; the figures are those "
+    "without them; the session's configuration entry session.x64quantprecision = 1, or weights of 7 bits, avoid it"
 )
 
 Source = str | Path | onnx.ModelProto

@@ -126,7 +126,7 @@ def verdict(outcome: "CheckOutcome") -> list[str]:
     if outcome.saturated_db is not None:
         lines.append(
             f"onnxruntime's integer kernels saturate on this CPU: {outcome.saturated_db:.1f} dB SQNR by default; the "
-            "figures are those with the configuration entry session.x64quantprecision = 1"
+            "figures are those without them (session.x64quantprecision = 1 avoids it)"
         )
     return lines
 

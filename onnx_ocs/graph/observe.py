@@ -11,10 +11,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from onnx_ocs.graph.editor import CONSTANTS_ARE_NOT_INPUTS
 from onnx_ocs.graph.model import Model
 
 START = "onnx_ocs.start"
-"""The input that says at which position the taken values begin, below the stride."""
+"""The input that says at which position the taken values begin; it counts modulo the steps."""
 
 ENOUGH = 1024
 """Values of a sample that are taken at least, if it has so many."""
@@ -49,18 +50,38 @@ class Observed:
         return f"{self.name} {self.axis}"
 
     @property
-    def inner(self) -> int | None:
-        """Positions of each channel within a sample, where they are known: the size of the axes behind the channels."""
-        behind = (self.shape or (None,))[self.axis + 1 :] if self.axis < -1 else (None,)
-        return None if None in behind else math.prod(behind)  # type: ignore[arg-type]
+    def over(self) -> list[int]:
+        """The axes on which values are left out, from the end: those behind the channels, or all before them."""
+        return list(range(self.axis + 1, 0)) if self.axis < -1 else [-2]
 
-    def step(self, stride: int) -> int:
-        """Positions from one taken value to the next: fewer than ``stride`` where a sample has few values."""
-        if self.axis == -1:
-            return 1 if self.shape is not None and len(self.shape) == 2 else stride
-        if self.inner is None:
-            return stride
-        return max(1, min(stride, self.channels * self.inner // ENOUGH, self.inner))
+    @property
+    def sizes(self) -> list[int] | None:
+        """Of these axes, where they are known; None where they are free, and where the channels are last."""
+        if self.shape is None or self.axis == -1:
+            return None
+        behind = self.shape[self.axis + 1 :]
+        return None if None in behind else [size for size in behind if size is not None]
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether it is (N, C): all its values are taken."""
+        return self.axis == -1 and self.shape is not None and len(self.shape) == 2
+
+    def steps(self, stride: int) -> list[int]:
+        """On each of these axes, positions from one taken value to the next: together about ``stride``, and less where
+        a sample has few values."""
+        if self.is_flat:
+            return [1]
+        left = stride
+        if self.sizes is not None:
+            left = max(1, min(stride, self.channels * math.prod(self.sizes) // ENOUGH))
+        made: list[int] = []
+        for rest in range(len(self.over), 0, -1):
+            step = round(left ** (1 / rest))
+            step = step if self.sizes is None else min(step, self.sizes[len(made)])
+            made.append(max(1, step))
+            left = max(1, round(left / made[-1]))
+        return made
 
 
 def taken(index: int) -> str:
@@ -76,14 +97,13 @@ def size(index: int) -> str:
 def observing(model: Model, tensors: list[Observed], stride: int) -> Model:
     """The model that computes figures of ``tensors`` in place of its own outputs.
 
-    Taken values are (outer, C, inner) or, where the channels are last, (outer, C): every :meth:`Observed.step`-th
-    position from :data:`START` on.
+    Taken values are those of the tensor at every so many positions (:meth:`Observed.steps`), from :data:`START` on.
     """
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     del proto.graph.output[:]
+    proto.ir_version = max(proto.ir_version, CONSTANTS_ARE_NOT_INPUTS)
     build = _Builder(proto.graph, model.opset())
-    build.constant("last", [LAST])
     for index, tensor in enumerate(tensors):
         build.observe(index, tensor, stride)
     build.join(len(tensors))
@@ -108,28 +128,39 @@ class _Builder:
         values = tensor.name
         if tensor.data_type != TensorProto.FLOAT:
             values = self._node("Cast", [values], f"onnx_ocs.{name}.float", to=TensorProto.FLOAT)
-        if tensor.axis == -1:
-            shape, axis, over = [-1, tensor.channels], 0, [0]
+        steps = tensor.steps(stride)
+        whole = max(steps) == 1
+        over = [0]
+        if tensor.axis == -1:  # (rows, C)
+            rows = taken(index) if whole else f"onnx_ocs.{name}.rows"
+            values = self._node("Reshape", [values, self.constant(f"{name}.shape", [-1, tensor.channels])], rows)
         else:
             assert tensor.shape is not None
             rank = len(tensor.shape)
-            shape, axis = [0] * (rank + tensor.axis + 1) + [-1], -1
             over = [place for place in range(rank) if place != rank + tensor.axis]
-        step = tensor.step(stride)
-        whole = step == 1
-        rows = taken(index) if whole else f"onnx_ocs.{name}.rows"
-        self._node("Reshape", [values, self.constant(f"{name}.shape", shape)], rows)
         for op, figure in REDUCTIONS.items():
-            self._reduce(op, rows if tensor.axis == -1 else values, over, f"{figure}.{index}")
+            self._reduce(op, values, over, f"{figure}.{index}")
         if not whole:
-            axes = self.constant(f"{name}.axis", [axis])
-            by = self.constant(f"{name}.step", [step])
-            length = by if tensor.inner is not None else self._length(rows, axes, name)
-            start = self._node("Mod", [START, length], f"onnx_ocs.{name}.from")
-            self._node("Slice", [rows, start, "onnx_ocs.last", axes, by], taken(index))
+            self._slice(values, tensor, steps, name, taken(index))
+        elif tensor.axis < -1:
+            self._node("Identity", [values], taken(index))
         self._output(taken(index))
-        if not whole and tensor.inner is None:
+        if not whole:
             self._output(self._node("Size", [values], size(index)), TensorProto.INT64)
+
+    def _slice(self, values: str, tensor: Observed, steps: list[int], name: str, output: str) -> None:
+        """Every so many positions; where sizes are free, as many fewer as the tensor has few values."""
+        axes, by = self.constant(f"{name}.axes", tensor.over), self.constant(f"{name}.steps", steps)
+        if tensor.sizes is None:
+            number = self._node("Size", [values], f"onnx_ocs.{name}.number")
+            enough = self._node("Div", [number, self.constant(f"{name}.enough", [ENOUGH])], f"onnx_ocs.{name}.most")
+            shape = self._node("Shape", [values], f"onnx_ocs.{name}.sizes")
+            lengths = self._node("Gather", [shape, axes], f"onnx_ocs.{name}.lengths")
+            by = self._node("Min", [by, enough, lengths], f"onnx_ocs.{name}.fewer")
+            by = self._node("Max", [by, self.constant(f"{name}.one", [1])], f"onnx_ocs.{name}.by")
+        start = self._node("Mod", [START, by], f"onnx_ocs.{name}.from")
+        ends = self.constant(f"{name}.ends", [LAST] * len(steps))
+        self._node("Slice", [values, start, ends, axes, by], output)
 
     def join(self, number: int) -> None:
         """The figures of all tensors behind each other."""
@@ -138,11 +169,6 @@ class _Builder:
 
     def _output(self, name: str, data_type: int = TensorProto.FLOAT) -> None:
         self._graph.output.append(helper.make_tensor_value_info(name, data_type, None))
-
-    def _length(self, rows: str, axes: str, name: str) -> str:
-        """The length of an axis, which may be shorter than a step."""
-        shape = self._node("Shape", [rows], f"onnx_ocs.{name}.sizes")
-        return self._node("Gather", [shape, axes], f"onnx_ocs.{name}.length")
 
     def _reduce(self, op: str, values: str, axes: list[int], output: str) -> None:
         if self._by_input:

@@ -165,7 +165,13 @@ class _Stream:
 
     def take(self, number: int) -> NDArray[Any]:
         """The next ``number`` entries."""
-        shape = (number, *self.shape[1:])
+        return self._read((number, *self.shape[1:]))
+
+    def take_all(self) -> NDArray[Any]:
+        """The whole array."""
+        return self._read(self.shape)
+
+    def _read(self, shape: tuple[int, ...]) -> NDArray[Any]:
         wanted = int(np.prod(shape, dtype=np.int64)) * self.dtype.itemsize
         data = self._file.read(wanted)
         if len(data) != wanted:
@@ -217,9 +223,9 @@ class _arrays:
             _fit(self._path, item, stream.dtype, stream.shape[1:] if stacked else stream.shape, samples=not stacked)
             lengths[item.name] = stream.shape[0] if stream.shape else 0
             fixed = item.shape[0] if item.shape else 1
-            batch = 1 if stacked else min(batch, fixed) if isinstance(fixed, int) and fixed > 0 else batch
+            batch = 1 if stacked else fixed if isinstance(fixed, int) and fixed > 0 else batch
         if len(set(lengths.values())) > 1 and self._is_one_feed(lengths):
-            yield Batch({item.name: self._streams[item.name].take(lengths[item.name]) for item in self._inputs})
+            yield Batch({item.name: self._streams[item.name].take_all() for item in self._inputs})
             return
         if len(set(lengths.values())) != 1:
             raise BadSamples(f"{self._path}: the inputs have different numbers of samples: {lengths}")
@@ -234,11 +240,17 @@ class _arrays:
             yield self._next(number, labels)
 
     def _is_one_feed(self, lengths: dict[str, int]) -> bool:
-        """Whether the arrays are what the model takes at once, with first axes that mean different things."""
-        return all(
-            len(self._streams[item.name].shape) == len(item.shape) and item.shape[:1] == (lengths[item.name],)
-            for item in self._inputs
-        )
+        """Whether the arrays are what the model takes at once, with first axes that mean different things.
+
+        Those with the same name of the first dimension have to agree all the same, and so have two without a name.
+        """
+        by_name: dict[int | str | None, set[int]] = {}
+        for item in self._inputs:
+            if len(self._streams[item.name].shape) != len(item.shape):
+                return False
+            if item.shape:
+                by_name.setdefault(item.shape[0], set()).add(lengths[item.name])
+        return all(len(found) == 1 for found in by_name.values())
 
     def _next(self, number: int, labels: _Stream | None) -> Batch:
         feed = {}

@@ -12,25 +12,17 @@ from onnx_ocs.graph.samples import Feed, Input
 
 SILENT = 4
 
-PRECISE = "session.x64quantprecision"
-"""The entry of a session's configuration that keeps 8-bit integer kernels from saturating."""
-
 
 class Session:
     """A model loaded by onnxruntime's CPU provider.
-
-    Args:
-        precise: on x86 CPUs without VNNI, choose integer kernels whose 16-bit sums do not saturate.
 
     Raises:
         RuntimeFailed: it refuses the model.
     """
 
-    def __init__(self, path: Path, optimize: bool = True, precise: bool = False) -> None:
+    def __init__(self, path: Path, optimize: bool = True) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = SILENT
-        if precise:
-            options.add_session_config_entry(PRECISE, "1")
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
