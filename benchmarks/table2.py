@@ -2,9 +2,9 @@
 
 ``--preset paper`` (one scale per tensor, first and dense layers float), activations quantized to 8 bits without
 clipping after calibration: clip methods of the weights without splitting, ratios of splitting without clipping, and
-splitting together with the clip method that is best with it, by agreement. Figures are of the emitted models in onnxruntime:
-top-1 on the images with labels, and agreement with the float model on all. Exit status 1 where the paper's order does
-not show on SqueezeNet: splitting ahead of clipping at 6 and 5 bits, and both together first at 4.
+splitting together with the clip method that is best with it, by agreement. Figures are of the emitted models in
+onnxruntime: top-1 on the images with labels, and agreement with the float model on all. Exit status 1 where the paper's
+order does not show on SqueezeNet: splitting ahead of clipping at 6 and 5 bits, and both together first at 4.
 """
 
 import argparse

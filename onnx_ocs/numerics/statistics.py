@@ -225,7 +225,8 @@ class _Tally:
     def fold(self, low: NDArray[np.float64], high: NDArray[np.float64]) -> None:
         """Count what waits; ``low`` and ``high`` are those of all values so far."""
         self._reach_to(max(float(high.max()), -float(low.min())))
-        for _, group in itertools.groupby(self._waiting, lambda taken: taken.shape[2]):
+        self._waiting.sort(key=_inner)
+        for _, group in itertools.groupby(self._waiting, _inner):
             parts = list(group)
             self._count(np.concatenate(parts) if len(parts) > 1 else parts[0])
         self._waiting.clear()
@@ -287,6 +288,10 @@ class _Tally:
             values,
             samples,
         )
+
+
+def _inner(taken: NDArray[np.float32]) -> int:
+    return int(taken.shape[2])
 
 
 def _joined(counts: NDArray[Any], factor: int) -> NDArray[Any]:
