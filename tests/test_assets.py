@@ -10,6 +10,7 @@ import pytest
 from onnx_ocs import UnsupportedModel, quantize, split
 from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.model import Model
+from onnx_ocs.numerics.compare import Difference
 
 pytestmark = pytest.mark.assets
 
@@ -67,3 +68,53 @@ def test_a_corpus_graph_that_nothing_edits_keeps_its_proto(assets, tmp_path):
         assert model.whole() == before, name
         kept += 1
     assert kept > 0.9 * len(names)
+
+
+def cifar10(assets, part):
+    return (np.load(assets / "data" / "cifar10.npz")[f"{part}_x"].astype(np.float32) / 255 - MEAN) / DEVIATION
+
+
+def scores(model, images, batch):
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(model if isinstance(model, str) else model.SerializeToString(), options)
+    name = session.get_inputs()[0].name
+    return np.concatenate([session.run(None, {name: images[i : i + batch]})[0] for i in range(0, len(images), batch)])
+
+
+def divergence(reference, found):
+    difference = Difference("scores")
+    difference.add(reference, found)
+    return difference.summary()["kl_divergence"]
+
+
+def test_eight_bit_weights_and_activations_lose_next_to_nothing(assets):
+    source = assets / "models" / "cifar10_resnet20.onnx"
+    model = quantize(source, bits=8, calibrate=cifar10(assets, "train")[:512], verify=False).model
+    images, labels = cifar10(assets, "test"), np.load(assets / "data" / "cifar10.npz")["test_y"]
+    reference, found = (scores(which, images, 128).argmax(axis=1) for which in (str(source), model))
+    assert np.mean(found == labels) > np.mean(reference == labels) - 0.005
+    assert np.mean(found == reference) > 0.985
+
+
+def test_clipped_activations_hold_out_longer_and_static_splitting_helps_little(assets):
+    """The order of Table 3 of the paper at 4 bits, on the test images."""
+    source, images = assets / "models" / "cifar10_resnet20.onnx", cifar10(assets, "test")
+    reference = scores(str(source), images, 128).argmax(axis=1)
+    found = {}
+    for name, options in {"none": {}, "mse": {"act_clip": "mse"}, "split": {"act_ratio": 0.02}}.items():
+        options = {"act_clip": "none", **options, "bits": None, "act_bits": 4}
+        model = quantize(source, calibrate=cifar10(assets, "train")[:256], verify=False, **options).model
+        found[name] = np.mean(scores(model, images, 128).argmax(axis=1) == reference)
+    assert found["mse"] > 0.92
+    assert found["none"] < 0.85
+    assert abs(found["split"] - found["none"]) < 0.03
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_oracle_splitting_beats_the_scale_of_each_batch(assets, batch):
+    source, images = assets / "models" / "cifar10_resnet20.onnx", cifar10(assets, "test")[:400]
+    reference = scores(str(source), images, 128)
+    options = {"bits": None, "act_bits": 6, "act_split": "dynamic", "verify": False}
+    plain, split = (quantize(source, act_ratio=ratio, **options).model for ratio in (0, 0.02))
+    assert divergence(reference, scores(split, images, batch)) < divergence(reference, scores(plain, images, batch))
