@@ -231,8 +231,9 @@ class _arrays:
             raise BadSamples(f"{self._path}: the inputs have different numbers of samples: {lengths}")
         (total,) = set(lengths.values())
         labels = next((self._streams[name] for name in LABELS if name in self._streams), None)
-        total = min(total, limit) if limit is not None else total
         ragged = all(not isinstance(item.shape[0], int) for item in self._inputs if item.shape)
+        if limit is not None:  # one batch at least where the model takes no smaller one
+            total = min(total, limit if ragged else max(limit, batch))
         for start in range(0, total, batch):
             number = min(batch, total - start)
             if number < batch and not ragged:

@@ -325,3 +325,27 @@ def test_texts_are_texts():
 def test_a_type_that_cannot_be_made_is_told():
     with pytest.raises(BadSamples, match="'s' is of type seq"):
         made(Input("s", "seq(tensor(float))", ()))
+
+
+def test_a_fixed_batch_is_read_whole_whatever_the_batch_and_the_limit(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(24, dtype=np.float32).reshape(12, 2))
+    item = Input("x", "tensor(float)", (12, 2))
+    for batch, limit in ((8, None), (32, None), (8, 4)):
+        (found,) = read_samples(tmp_path / "a.npy", [item], batch, limit)
+        assert (found.count, found.feed["x"].shape) == (12, (12, 2))
+
+
+def test_arrays_whose_first_axes_mean_different_things_are_one_feed(tmp_path):
+    inputs = [
+        Input("x", "tensor(float)", ("N", 2)),
+        Input("c", "tensor(bool)", ()),
+        Input("h", "tensor(float)", (3, 2)),
+    ]
+    feed = {"x": np.ones((5, 2), np.float32), "c": np.array(True), "h": np.ones((3, 2), np.float32)}
+    np.savez(tmp_path / "a.npz", **feed)
+    (found,) = read_samples(tmp_path / "a.npz", inputs)
+    for name, values in feed.items():
+        np.testing.assert_array_equal(found.feed[name], values)
+    inputs[2] = Input("h", "tensor(float)", ("N", 2))
+    with pytest.raises(BadSamples, match="different numbers of samples"):
+        list(read_samples(tmp_path / "a.npz", inputs))
