@@ -15,8 +15,8 @@ from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.hints import table_lengths
 from onnx_ocs.graph.model import Model
 from onnx_ocs.graph.samples import Samples
-from onnx_ocs.pipeline import Source
 from onnx_ocs.recipe import Recipe, stored_recipe
+from onnx_ocs.run import Calibration, Source
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def quantize(
         OcsError: the model or the samples cannot be used, or the result does not pass; nothing is written.
         ValueError: an option is out of its range.
     """
-    calibration = pipeline.Calibration(calibrate, _path(stats), _path(save_stats))
+    calibration = Calibration(calibrate, _path(stats), _path(save_stats))
     chosen = resolve(options, preset, recipe, calibration.given)
     for beside in (report, save_stats):
         if beside is not None:

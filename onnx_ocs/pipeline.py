@@ -1,41 +1,31 @@
 """From a source to a target: load, find layers, decide, split, quantize, verify, save, report."""
 
-import contextlib
 import json
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from onnx_ocs import calibrate, child, verify
+from onnx_ocs import verify
 from onnx_ocs._version import __version__
+from onnx_ocs.decide import decide
 from onnx_ocs.errors import RuntimeFailed, UnsupportedModel, VerificationFailed
 from onnx_ocs.graph import files
 from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.hints import table_lengths
-from onnx_ocs.graph.layers import Declined, Layer, find_layers
+from onnx_ocs.graph.layers import Declined
 from onnx_ocs.graph.model import Model
-from onnx_ocs.graph.observe import OPSET
-from onnx_ocs.graph.opset import CannotRaise, raise_opset
-from onnx_ocs.graph.samples import Samples, stored
+from onnx_ocs.graph.samples import stored
 from onnx_ocs.numerics.weights import range_of, recombination_error
-from onnx_ocs.passes.base import LayerPlan, Pass, Work, observed
-from onnx_ocs.passes.choose_activation_steps import ChooseActivationSteps
-from onnx_ocs.passes.choose_grid import ChooseGrid
-from onnx_ocs.passes.choose_steps import ChooseSteps
-from onnx_ocs.passes.fold_batch_normalization import FoldBatchNormalization
-from onnx_ocs.passes.plan_activations import PlanActivations
-from onnx_ocs.passes.plan_splits import PlanSplits
+from onnx_ocs.passes.base import LayerPlan, Work
 from onnx_ocs.passes.quantize_activations import QuantizeActivations
 from onnx_ocs.passes.quantize_weights import QuantizeWeights
-from onnx_ocs.passes.select_layers import SelectLayers
 from onnx_ocs.passes.split_by_batch import SplitByBatch
 from onnx_ocs.passes.split_channels import SplitChannels
 from onnx_ocs.recipe import Recipe
 from onnx_ocs.report import layer_rows, overhead, stage_summary
+from onnx_ocs.run import Calibration, Progress, Run, Source
 
 CALIBRATED = 64
 """Samples of those for calibration that the result is verified on, where no others are given."""
@@ -47,9 +37,6 @@ SATURATES = (
     "on this CPU onnxruntime's 8-bit integer kernels saturate: {:.1f} dB SQNR by default; the figures are those "
     "without them; the session's configuration entry session.x64quantprecision = 1, or weights of 7 bits, avoid it"
 )
-
-Source = str | Path | onnx.ModelProto
-Progress = Callable[[str], None]
 
 TOLERANCES: dict[int, float] = {
     onnx.TensorProto.DOUBLE: 1e-4,  # outputs are mostly float32 all the same
@@ -65,49 +52,6 @@ so is each sum of activations; some layers of this leave errors of several units
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Where the statistics of activations come from."""
-
-    samples: Samples | None = None
-    stats: Path | None = None  # a file of statistics to read
-    save_stats: Path | None = None  # where to write them
-
-    @property
-    def given(self) -> bool:
-        """Whether there is a source of statistics."""
-        return self.samples is not None or self.stats is not None
-
-
-@dataclass
-class Run:
-    """One transformation under way."""
-
-    recipe: Recipe
-    source: Source
-    target: Path | None
-    folder: Path  # for files on the way
-    inputs: Path | None
-    calibration: Calibration
-    timeout: float
-    progress: Progress
-    narrow: bool  # whether INT4 and INT2 may be used
-    raised: bool = False  # whether the opset was
-    notes: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    seen: calibrate.Seen | None = None
-    folded: int = 0  # BatchNormalization nodes
-
-    @contextlib.contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        self.progress(name)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What one transformation came to."""
 
@@ -120,10 +64,10 @@ def transform(
     source: Source,
     target: Path | None,
     recipe: Recipe,
-    inputs: Path | None = None,
-    calibration: Calibration = Calibration(),
-    timeout: float = child.TIMEOUT,
-    progress: Progress = lambda stage: None,
+    inputs: Path | None,
+    calibration: Calibration,
+    timeout: float,
+    progress: Progress,
 ) -> Outcome:
     """Split and quantize ``source`` by ``recipe``, verify the result, and write it to ``target``.
 
@@ -158,7 +102,7 @@ def _transform(run: Run) -> Outcome:
         run.notes.append("nothing to do: weights stay float (--bits none), so the model is copied as it is")
         return _finish(run, model, Work(Editor(model), []), [], size)
     with run.timed("plan"):
-        work, declined = _decide(run, model)
+        work, declined = decide(run, model)
     if not any(_changes(run, plan) for plan in work.plans):
         run.notes.append("nothing to do: the model is copied as it is")
         return _finish(run, Model.load(run.source), work, declined, size)
@@ -210,99 +154,6 @@ def _check_structure(run: Run, model: Model) -> None:
             raise UnsupportedModel(
                 f"{model.name}: neither onnx's checker ({reason}) nor onnxruntime accepts it; repair or export it again"
             ) from None
-
-
-def _decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
-    """All decisions, as data; before them the opset is raised where it must be, and normalizations are folded."""
-    recipe = run.recipe
-    select = SelectLayers(recipe.only, recipe.skip, recipe.quantize_ops, recipe.first)
-    stored = recipe.bits is not None and not recipe.float
-    grid = ChooseGrid(recipe.bits or 8, recipe.per_channel, recipe.first, run.narrow, stored)
-    work, declined = _found(run, model, select)
-    if _raise_opset(run, model, work, grid):
-        work, declined = _found(run, model, select)
-    seen = _statistics(run, model, work) if recipe.calibrates else {}
-    if recipe.fold_bn and _fold(run, model):
-        work, declined = _found(run, model, select)
-    work.statistics = seen
-    dynamic = recipe.act_split == "dynamic"
-    acts = recipe.act_bits if not recipe.float or recipe.act_ratio else None
-    weights = recipe.bits is not None or recipe.float
-    steps: list[Pass] = [
-        PlanActivations(acts, recipe.act_ratio, dynamic, recipe.act_unsigned, recipe.first),
-        *([grid] if weights else []),
-        ChooseActivationSteps(recipe.act_clip),
-        PlanSplits(recipe.ratio, recipe.split_policy, weights),
-        *([ChooseSteps(recipe.clip)] if weights else []),
-    ]
-    for step in steps:
-        work.plans = step.apply(work)
-    return work, declined
-
-
-def _statistics(run: Run, model: Model, work: Work) -> calibrate.Seen:
-    """What calibration sees of the data of the selected layers, or what a file of statistics says."""
-    recipe, given = run.recipe, run.calibration
-    digest = Model.load(run.source).digest() if given.stats or given.save_stats else ""
-    if run.seen is None and given.stats is not None:
-        run.seen = calibrate.load(given.stats, digest)
-    if run.seen is None and model.opset() >= OPSET:
-        found = [plan.observed for plan in work.plans if plan.observed and not plan.declined]
-        tensors = list({tensor.key: tensor for tensor in found}.values())
-        assert isinstance(given.samples, Path)
-        with run.timed("calibrate"):
-            run.seen = calibrate.calibrate(
-                model,
-                tensors,
-                given.samples,
-                run.folder,
-                recipe.calibration_samples,
-                recipe.batch,
-                recipe.calibration_stride,
-                recipe.seed,
-                run.timeout,
-            )
-    if run.seen and given.save_stats is not None:
-        calibrate.save(given.save_stats, run.seen, digest)
-    return run.seen or {}
-
-
-def _fold(run: Run, model: Model) -> int:
-    """Fold BatchNormalization nodes into the layers before them; how many."""
-    folded = 0
-    while here := FoldBatchNormalization().apply(editor := Editor(model)):
-        editor.commit()
-        folded += here
-    if folded:
-        run.folded = folded
-        run.notes.append(f"{folded} BatchNormalization {'node was' if folded == 1 else 'nodes were'} folded")
-    return folded
-
-
-def _found(run: Run, model: Model, select: SelectLayers) -> tuple[Work, list[Declined]]:
-    found = find_layers(editor := Editor(model))
-    layers = [item for item in found if isinstance(item, Layer)]
-    observe = run.recipe.calibrates
-    work = Work(editor, [LayerPlan(layer, observed(editor, layer) if observe else None) for layer in layers])
-    work.plans = select.apply(work)
-    return work, [item for item in found if isinstance(item, Declined)]
-
-
-def _raise_opset(run: Run, model: Model, work: Work, grid: ChooseGrid) -> bool:
-    """Raise the opset as far as the layers need it and onnx's converter can; whether it was raised."""
-    wanted = [plan for plan in work.plans if not plan.declined and not plan.layer.weight.home.is_function]
-    now, least = model.opset(), OPSET if run.recipe.act_bits is not None else 0
-    needed = {max(opset, least) for plan in wanted for opset in (grid.opsets(plan) if grid.stored else [0])}
-    for target in sorted((opset for opset in needed if opset > now), reverse=True):
-        try:
-            raise_opset(model, target)
-        except CannotRaise as reason:
-            run.notes.append(f"the opset stays {now}, though {target} is wanted: onnx's converter fails ({reason})")
-            continue
-        run.notes.append(f"the opset was raised from {now} to {target}, which the quantized model needs")
-        run.raised = True
-        return True
-    return False
 
 
 def _sign(model: Model, recipe: Recipe) -> None:
@@ -429,7 +280,7 @@ def survey(source: Source, recipe: Recipe) -> list[dict[str, Any]]:
     model = Model.load(source)
     weights_only = replace(recipe, float=True, act_bits=None, act_ratio=0.0, act_split="static")
     run = Run(weights_only, source, None, Path(), None, Calibration(), 0.0, lambda stage: None, narrow=False)
-    work, declined = _decide(run, model)
+    work, declined = decide(run, model)
     rows = layer_rows(work.plans, declined)
     for row, plan in zip(rows, work.plans, strict=False):
         if not plan.declined:

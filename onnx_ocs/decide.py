@@ -1,0 +1,112 @@
+"""What is done with each layer: raise the opset, calibrate, fold, and let the deciding passes run in their order."""
+
+from pathlib import Path
+
+from onnx_ocs import calibrate
+from onnx_ocs.graph.editor import Editor
+from onnx_ocs.graph.layers import Declined, Layer, find_layers
+from onnx_ocs.graph.model import Model
+from onnx_ocs.graph.observe import OPSET
+from onnx_ocs.graph.opset import CannotRaise, raise_opset
+from onnx_ocs.passes.base import LayerPlan, Pass, Work, observed
+from onnx_ocs.passes.choose_activation_steps import ChooseActivationSteps
+from onnx_ocs.passes.choose_grid import ChooseGrid
+from onnx_ocs.passes.choose_steps import ChooseSteps
+from onnx_ocs.passes.fold_batch_normalization import FoldBatchNormalization
+from onnx_ocs.passes.plan_activations import PlanActivations
+from onnx_ocs.passes.plan_splits import PlanSplits
+from onnx_ocs.passes.select_layers import SelectLayers
+from onnx_ocs.run import Run
+
+
+def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
+    """All decisions, as data; before them the opset is raised where it must be, and normalizations are folded."""
+    recipe = run.recipe
+    select = SelectLayers(recipe.only, recipe.skip, recipe.quantize_ops, recipe.first)
+    stored = recipe.bits is not None and not recipe.float
+    grid = ChooseGrid(recipe.bits or 8, recipe.per_channel, recipe.first, run.narrow, stored)
+    work, declined = _found(run, model, select)
+    if _raise_opset(run, model, work, grid):
+        work, declined = _found(run, model, select)
+    seen = _statistics(run, model, work) if recipe.calibrates else {}
+    if recipe.fold_bn and _fold(run, model):
+        work, declined = _found(run, model, select)
+    work.statistics = seen
+    dynamic = recipe.act_split == "dynamic"
+    acts = recipe.act_bits if not recipe.float or recipe.act_ratio else None
+    weights = recipe.bits is not None or recipe.float
+    steps: list[Pass] = [
+        PlanActivations(acts, recipe.act_ratio, dynamic, recipe.act_unsigned, recipe.first),
+        *([grid] if weights else []),
+        ChooseActivationSteps(recipe.act_clip),
+        PlanSplits(recipe.ratio, recipe.split_policy, weights),
+        *([ChooseSteps(recipe.clip)] if weights else []),
+    ]
+    for step in steps:
+        work.plans = step.apply(work)
+    return work, declined
+
+
+def _statistics(run: Run, model: Model, work: Work) -> calibrate.Seen:
+    """What calibration sees of the data of the selected layers, or what a file of statistics says."""
+    recipe, given = run.recipe, run.calibration
+    digest = Model.load(run.source).digest() if given.stats or given.save_stats else ""
+    if run.seen is None and given.stats is not None:
+        run.seen = calibrate.load(given.stats, digest)
+    if run.seen is None and model.opset() >= OPSET:
+        found = [plan.observed for plan in work.plans if plan.observed and not plan.declined]
+        tensors = list({tensor.key: tensor for tensor in found}.values())
+        assert isinstance(given.samples, Path)
+        with run.timed("calibrate"):
+            run.seen = calibrate.calibrate(
+                model,
+                tensors,
+                given.samples,
+                run.folder,
+                recipe.calibration_samples,
+                recipe.batch,
+                recipe.calibration_stride,
+                recipe.seed,
+                run.timeout,
+            )
+    if run.seen and given.save_stats is not None:
+        calibrate.save(given.save_stats, run.seen, digest)
+    return run.seen or {}
+
+
+def _fold(run: Run, model: Model) -> int:
+    """Fold BatchNormalization nodes into the layers before them; how many."""
+    folded = 0
+    while here := FoldBatchNormalization().apply(editor := Editor(model)):
+        editor.commit()
+        folded += here
+    if folded:
+        run.folded = folded
+        run.notes.append(f"{folded} BatchNormalization {'node was' if folded == 1 else 'nodes were'} folded")
+    return folded
+
+
+def _found(run: Run, model: Model, select: SelectLayers) -> tuple[Work, list[Declined]]:
+    found = find_layers(editor := Editor(model))
+    layers = [item for item in found if isinstance(item, Layer)]
+    observe = run.recipe.calibrates
+    work = Work(editor, [LayerPlan(layer, observed(editor, layer) if observe else None) for layer in layers])
+    work.plans = select.apply(work)
+    return work, [item for item in found if isinstance(item, Declined)]
+
+
+def _raise_opset(run: Run, model: Model, work: Work, grid: ChooseGrid) -> bool:
+    """Raise the opset as far as the layers need it and onnx's converter can; whether it was raised."""
+    wanted = [plan for plan in work.plans if not plan.declined and not plan.layer.weight.home.is_function]
+    now, least = model.opset(), OPSET if run.recipe.act_bits is not None else 0
+    needed = {max(opset, least) for plan in wanted for opset in (grid.opsets(plan) if grid.stored else [0])}
+    for target in sorted((opset for opset in needed if opset > now), reverse=True):
+        try:
+            raise_opset(model, target)
+        except CannotRaise as reason:
+            run.notes.append(f"the opset stays {now}, though {target} is wanted: onnx's converter fails ({reason})")
+            continue
+        run.notes.append(f"the opset was raised from {now} to {target}, which the quantized model needs")
+        run.raised = True
+        return True
+    return False

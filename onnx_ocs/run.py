@@ -1,0 +1,59 @@
+"""One transformation under way: what was asked, and what is known of it so far."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx
+
+from onnx_ocs import calibrate
+from onnx_ocs.graph.samples import Samples
+from onnx_ocs.recipe import Recipe
+
+Source = str | Path | onnx.ModelProto
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where the statistics of activations come from."""
+
+    samples: Samples | None = None
+    stats: Path | None = None  # a file of statistics to read
+    save_stats: Path | None = None  # where to write them
+
+    @property
+    def given(self) -> bool:
+        """Whether there is a source of statistics."""
+        return self.samples is not None or self.stats is not None
+
+
+@dataclass
+class Run:
+    """One transformation under way."""
+
+    recipe: Recipe
+    source: Source
+    target: Path | None
+    folder: Path  # for files on the way
+    inputs: Path | None
+    calibration: Calibration
+    timeout: float
+    progress: Progress
+    narrow: bool  # whether INT4 and INT2 may be used
+    raised: bool = False  # whether the opset was
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    seen: calibrate.Seen | None = None
+    folded: int = 0  # BatchNormalization nodes
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        self.progress(name)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
