@@ -77,8 +77,12 @@ def quantize(
         OcsError: the model or the samples cannot be used, or the result does not pass; nothing is written.
         ValueError: an option is out of its range.
     """
+    if calibrate is not None and stats is not None:
+        raise ValueError("stats takes the place of calibrate; give one of them")
     calibration = Calibration(calibrate, _path(stats), _path(save_stats))
     chosen = resolve(options, preset, recipe, calibration.given)
+    if save_stats is not None and (calibrate is None or not chosen.calibrates):
+        raise ValueError("save-stats keeps what calibration sees, and with these options there is none")
     for beside in (report, save_stats):
         if beside is not None:
             with files.workplace(Path(beside)):
@@ -117,7 +121,7 @@ def resolve(
     stored = stored_recipe(Path(recipe)) if isinstance(recipe, str | Path) else recipe
     if stored is not None and isinstance(stored.get("recipe"), dict):
         stored = stored["recipe"]
-    if calibrated and "act_bits" not in (stored or {}):
+    if calibrated and (stored or {}).get("act_bits") is None:
         given.setdefault("act_bits", 8)
     made = Recipe.of(given, preset, stored)
     if made.calibrates and not calibrated:
@@ -206,7 +210,7 @@ def inspect(
     Each row is that of the report, with ``outlier`` (the largest magnitude in standard deviations of the weights) and
     ``range`` (the largest share after splitting relative to the largest weight) for layers that are not declined.
     """
-    return pipeline.survey(source, resolve(options, preset, recipe))
+    return pipeline.survey(source, resolve(options, preset, recipe, calibrated=True))
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -103,7 +103,11 @@ def _transform_parser() -> argparse.ArgumentParser:
     _add_activations(parser)
     parser.add_argument("--no-verify", action="store_true", help="write the result without running it")
     parser.add_argument(
-        "--verify-timeout", type=_positive, metavar="S", default=TIMEOUT, help="seconds for verification"
+        "--verify-timeout",
+        type=_positive,
+        metavar="S",
+        default=TIMEOUT,
+        help="for calibration and for verification each",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="of the generated samples")
     parser.add_argument("--report", type=Path, metavar="FILE.json", default=None, help="write what was done")
@@ -254,9 +258,18 @@ def _transform(options: argparse.Namespace, parser: argparse.ArgumentParser) -> 
         parser.error("--save-stats keeps what --calibrate sees; give samples")
     calibrated = samples["calibrate"] is not None or samples["stats"] is not None
     recipe = _resolve(given, parser, calibrated)
+    if samples["save_stats"] is not None and not Recipe.of(recipe).calibrates:
+        parser.error("--save-stats keeps what calibration sees, and with these options there is none")
     with _progress(quiet) as progress:
         result = api.quantize(
-            source, target, recipe=recipe, **samples, report=report, timeout=timeout, progress=progress
+            source,
+            target,
+            recipe=recipe,
+            act_bits=recipe["act_bits"],
+            **samples,
+            report=report,
+            timeout=timeout,
+            progress=progress,
         )
     if not quiet:
         _show(*([tables.layers(result.report["layers"])] if verbose else []), tables.result(result.report, target))
@@ -339,7 +352,8 @@ def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         )
     if options.json:
         data = {"passed": outcome.passed, "reason": outcome.reason, "criteria": criteria, "samples": outcome.samples}
-        api.write_json(options.json, {**data, "deterministic": outcome.deterministic, "outputs": outcome.outputs})
+        known = {name: getattr(outcome, name) for name in ("deterministic", "saturated_db", "outputs")}
+        api.write_json(options.json, {**data, **known})
     if options.junit:
         junit.write(options.junit, str(options.candidate), outcome)
     if not options.quiet:

@@ -13,7 +13,7 @@ from onnx_ocs.passes.choose_activation_steps import ChooseActivationSteps
 from onnx_ocs.passes.choose_grid import ChooseGrid
 from onnx_ocs.passes.choose_steps import ChooseSteps
 from onnx_ocs.passes.fold_batch_normalization import FoldBatchNormalization
-from onnx_ocs.passes.plan_activations import PlanActivations
+from onnx_ocs.passes.plan_activations import UNCOVERED, PlanActivations
 from onnx_ocs.passes.plan_splits import PlanSplits
 from onnx_ocs.passes.select_layers import SelectLayers
 from onnx_ocs.run import Run
@@ -29,7 +29,7 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
     if _raise_opset(run, model, work, grid):
         work, declined = _found(run, model, select)
     seen = _statistics(run, model, work) if recipe.calibrates else {}
-    if recipe.fold_bn and _fold(run, model):
+    if recipe.fold_bn and _fold(run, model, work):
         work, declined = _found(run, model, select)
     work.statistics = seen
     dynamic = recipe.act_split == "dynamic"
@@ -44,15 +44,18 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
     ]
     for step in steps:
         work.plans = step.apply(work)
+    if uncovered := sum(plan.float_data == UNCOVERED for plan in work.plans):
+        run.notes.append(
+            f"{UNCOVERED} of {uncovered} layers, which stays float; calibrate again without --only and --skip"
+        )
     return work, declined
 
 
 def _statistics(run: Run, model: Model, work: Work) -> calibrate.Seen:
     """What calibration sees of the data of the selected layers, or what a file of statistics says."""
     recipe, given = run.recipe, run.calibration
-    digest = Model.load(run.source).digest() if given.stats or given.save_stats else ""
     if run.seen is None and given.stats is not None:
-        run.seen = calibrate.load(given.stats, digest)
+        run.seen = calibrate.load(given.stats, Model.load(run.source).digest())
     if run.seen is None and model.opset() >= OPSET:
         found = [plan.observed for plan in work.plans if plan.observed and not plan.declined]
         tensors = list({tensor.key: tensor for tensor in found}.values())
@@ -69,15 +72,13 @@ def _statistics(run: Run, model: Model, work: Work) -> calibrate.Seen:
                 recipe.seed,
                 run.timeout,
             )
-    if run.seen and given.save_stats is not None:
-        calibrate.save(given.save_stats, run.seen, digest)
     return run.seen or {}
 
 
-def _fold(run: Run, model: Model) -> int:
-    """Fold BatchNormalization nodes into the layers before them; how many."""
-    folded = 0
-    while here := FoldBatchNormalization().apply(editor := Editor(model)):
+def _fold(run: Run, model: Model, work: Work) -> int:
+    """Fold BatchNormalization nodes into the layers before them that are worked on; how many."""
+    folded, kept = 0, frozenset(plan.layer.name for plan in work.plans if plan.declined)
+    while here := FoldBatchNormalization(kept).apply(editor := Editor(model)):
         editor.commit()
         folded += here
     if folded:

@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx
 
-from onnx_ocs import verify
+from onnx_ocs import calibrate, verify
 from onnx_ocs._version import __version__
 from onnx_ocs.decide import decide
 from onnx_ocs.errors import RuntimeFailed, UnsupportedModel, VerificationFailed
@@ -80,8 +80,10 @@ def transform(
             calibration = replace(calibration, samples=path)
         narrow = recipe.container == "auto"
         run = Run(recipe, source, target, folder, inputs, calibration, timeout, progress, narrow)
+        if calibration.given and not recipe.calibrates:
+            run.notes.append("no statistics of activations are needed with these options; none were gathered or used")
         try:
-            return _transform(run)
+            return _saving_stats(run, _transform(run))
         except (RuntimeFailed, VerificationFailed) as error:
             if not (run.narrow and run.raised):
                 raise
@@ -89,7 +91,14 @@ def transform(
         run.narrow, run.raised = False, False
         why = str(failure).removesuffix("; nothing was written")
         run.notes[:] = [f"INT8 is kept, since the model with a narrower type did not pass: {why}"]
-        return _transform(run)
+        return _saving_stats(run, _transform(run))
+
+
+def _saving_stats(run: Run, outcome: Outcome) -> Outcome:
+    """Keep what calibration saw, if asked, now that the result has passed."""
+    if run.calibration.save_stats is not None:
+        calibrate.save(run.calibration.save_stats, run.seen or {}, Model.load(run.source).digest())
+    return outcome
 
 
 def _transform(run: Run) -> Outcome:
@@ -104,7 +113,7 @@ def _transform(run: Run) -> Outcome:
     with run.timed("plan"):
         work, declined = decide(run, model)
     if not any(_changes(run, plan) for plan in work.plans):
-        run.notes.append("nothing to do: the model is copied as it is")
+        run.notes[:] = ["nothing to do: the model is copied as it is"]
         return _finish(run, Model.load(run.source), work, declined, size)
     aware = recipe.split == "qa"
     stages: dict[str, Path] = {}
@@ -205,7 +214,9 @@ def _verify(run: Run, model: Model, work: Work, stages: dict[str, Path]) -> dict
         elif comparison.deterministic:
             reason = verify.judge_quantized(comparison, recipe.min_sqnr)
         if reason is not None:
-            raise VerificationFailed(f"the {stage} model does not pass: {reason}; nothing was written")
+            advice = "; the inputs were generated, real ones (--inputs) may show another result"
+            advice = advice if comparison.generated and recipe.act_bits is not None else ""
+            raise VerificationFailed(f"the {stage} model does not pass: {reason}{advice}; nothing was written")
         found[stage] = {**stage_summary(comparison, stage), "passed": True}
         lowest = found[stage]["sqnr_db"]
         if stage == "quantized" and comparison.deterministic and lowest is not None and lowest < LOW_SQNR:
@@ -266,7 +277,7 @@ def _finish(
         "version": __version__,
         "recipe": run.recipe.plain(),
         "notes": run.notes,
-        "layers": layer_rows(work.plans, declined),
+        "layers": layer_rows(work.plans, declined, run.recipe.float),
         "overhead": overhead(work.plans, work.statistics),
         "size": {"before": size, "after": after},
         "verification": verified,
@@ -281,7 +292,7 @@ def survey(source: Source, recipe: Recipe) -> list[dict[str, Any]]:
     weights_only = replace(recipe, float=True, act_bits=None, act_ratio=0.0, act_split="static")
     run = Run(weights_only, source, None, Path(), None, Calibration(), 0.0, lambda stage: None, narrow=False)
     work, declined = decide(run, model)
-    rows = layer_rows(work.plans, declined)
+    rows = layer_rows(work.plans, declined, True)
     for row, plan in zip(rows, work.plans, strict=False):
         if not plan.declined:
             row["outlier"], row["range"] = range_of(work.values(plan), plan.splits, plan.axes)

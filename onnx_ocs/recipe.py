@@ -131,7 +131,7 @@ class Recipe:
     @property
     def calibrates(self) -> bool:
         """Whether samples are needed to choose the scales of activations."""
-        return self.act_bits is not None and self.act_split == "static"
+        return self.act_bits is not None and self.act_split == "static" and (not self.float or self.act_ratio > 0)
 
     @classmethod
     def of(

@@ -12,16 +12,16 @@ from onnx_ocs.passes.base import LayerPlan
 from onnx_ocs.verify import Comparison
 
 
-def layer_rows(plans: Iterable[LayerPlan], declined: Iterable[Declined]) -> list[dict[str, Any]]:
-    """One row for each layer."""
+def layer_rows(plans: Iterable[LayerPlan], declined: Iterable[Declined], is_float: bool) -> list[dict[str, Any]]:
+    """One row for each layer; ``is_float``: the model is split only."""
     rows = [
-        _declined_row(plan.layer.name, plan.layer.node.op, plan.reason) if plan.declined else _row(plan)
+        _declined_row(plan.layer.name, plan.layer.node.op, plan.reason) if plan.declined else _row(plan, is_float)
         for plan in plans
     ]
     return rows + [_declined_row(item.name, item.node.op, item.reason) for item in declined]
 
 
-def _row(plan: LayerPlan) -> dict[str, Any]:
+def _row(plan: LayerPlan, is_float: bool) -> dict[str, Any]:
     return {
         "name": plan.layer.name,
         "op": plan.layer.node.op,
@@ -35,18 +35,18 @@ def _row(plan: LayerPlan) -> dict[str, Any]:
         "granularity": "channel" if plan.per_channel else "tensor",
         "threshold": None if plan.threshold is None else [float(value) for value in plan.threshold.reshape(-1)],
         "sqnr_db": plan.sqnr_db,
-        **_activation(plan),
+        **_activation(plan, is_float),
     }
 
 
-def _activation(plan: LayerPlan) -> dict[str, Any]:
+def _activation(plan: LayerPlan, is_float: bool) -> dict[str, Any]:
     """What was done with the data of a layer."""
     data = plan.activation
     if data is None:
         return {"act_bits": None, "act_reason": plan.float_data, "act_extra": 0}
     split = joined(list(data.splits)) if data.splits else None
     return {
-        "act_bits": data.bits,
+        "act_bits": None if is_float else data.bits,
         "act_reason": data.reason,
         "act_extra": data.extra,
         "act_source": split.source.tolist() if split is not None and split.extra else None,

@@ -48,12 +48,15 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     seen: calibrate.Seen | None = None
     folded: int = 0  # BatchNormalization nodes
+    inside: float = 0.0  # seconds of the stages within the present one, which count as theirs
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
         self.progress(name)
-        start = time.perf_counter()
+        start, outer, self.inside = time.perf_counter(), self.inside, 0.0
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            spent = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent - self.inside
+            self.inside = outer + spent

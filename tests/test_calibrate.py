@@ -12,7 +12,7 @@ import onnx.parser
 import pytest
 from operators import HEAD, with_weights
 
-from onnx_ocs import BadSamples, quantize
+from onnx_ocs import BadSamples, VerificationFailed, quantize
 from onnx_ocs.cli import main
 
 CNN = """g (float[N,3,H,W] x) => (float[N,6,A,B] y) {
@@ -233,6 +233,7 @@ def test_memory_does_not_grow_with_the_samples(tmp_path):
         (["--calibrate", "a.npz", "--calibration-samples", "-3"], "calibration-samples must be"),
         (["--calibrate", "a.npz", "--stats", "b.npz"], "give one of them"),
         (["--save-stats", "b.npz"], "give samples"),
+        (["--calibrate", "a.npz", "--act-bits", "none", "--save-stats", "b.npz"], "with these options there is none"),
         (["--calibrate", "a.npz", "--save-stats", "a.npz"], "are the same file"),
         (["--quantize-ops", "Conv,Relu"], "quantize-ops must be among"),
     ],
@@ -287,3 +288,103 @@ def test_only_the_asked_operators_are_quantized():
     batch = np.random.default_rng(0).random((8, 6), np.float32)
     report = quantize(model, calibrate=batch, quantize_ops=("Gemm",), verify=False).report
     assert [(row["op"], row["status"] != "declined") for row in report["layers"]] == [("Gemm", True), ("MatMul", False)]
+
+
+def tokens_model():
+    """Channels last, and no size known but theirs."""
+    text = "g (float[N,T,8] x, float[8,6] w) => (float[N,T,6] y) { y = MatMul(x, w) }"
+    return with_weights(onnx.parser.parse_model(f"{HEAD} {text}"))
+
+
+@pytest.mark.parametrize("number", [4, 64])
+def test_few_tokens_are_all_counted(number):
+    batch = np.random.default_rng(0).standard_normal((number, 4, 8)).astype(np.float32)
+    (some,), (every,) = (calibrated(batch, tokens_model(), calibration_stride=stride) for stride in (31, 1))
+    assert some == pytest.approx(every, rel=0.05)
+
+
+def test_data_that_is_zero_on_all_samples_can_be_split_and_clipped():
+    result = quantize(cnn(), calibrate=np.zeros((4, 3, 8, 8), np.float32), act_ratio=0.3, verify=False)
+    assert thresholds(result) == [0, 0]
+
+
+@pytest.mark.parametrize("bits", [2, 7, 8])
+@pytest.mark.parametrize("clip", ["mse", "aciq", "kl", "sawb"])
+def test_unsigned_grids_take_every_clip_method(clip, bits):
+    result = quantize(cnn(), calibrate=images(), act_unsigned=True, act_clip=clip, act_bits=bits, min_sqnr=-10)
+    assert [row["act_unsigned"] for row in result.report["layers"]] == [False, True]
+
+
+def test_a_gemm_whose_data_has_no_known_rank_is_calibrated():
+    text = """g (float[K,3] x, int64[R] s, float[8,6] w) => (float[A,B] y) {
+        r = Reshape(x, s)
+        y = Gemm <transA=1> (r, w) }"""
+    model = with_weights(onnx.parser.parse_model(f"{HEAD} {text}"))
+    batch = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
+    (found,) = calibrated([{"x": batch, "s": np.array([8, 3])}], model, act_clip="none")
+    assert found == np.abs(batch).max()
+
+
+def test_statistics_are_not_kept_where_the_result_does_not_pass(tmp_path):
+    with pytest.raises(VerificationFailed):
+        quantize(cnn(), tmp_path / "out.onnx", calibrate=images(), save_stats=tmp_path / "s.npz", min_sqnr=190)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_and_statistics_together_are_a_mistake(tmp_path):
+    with pytest.raises(ValueError, match="give one of them"):
+        quantize(cnn(), calibrate=images(), stats=tmp_path / "s.npz")
+    with pytest.raises(BadSamples, match="not a int"):
+        quantize(cnn(), calibrate=5)
+
+
+def test_samples_that_are_not_used_are_told():
+    result = quantize(cnn(), calibrate=images(), act_bits=6, act_split="dynamic")
+    assert any("none were gathered or used" in note for note in result.report["notes"])
+
+
+def test_a_recipe_for_weights_gets_eight_bit_activations_with_samples():
+    recipe = quantize(cnn(), bits=6, verify=False).report["recipe"]
+    assert recipe["act_bits"] is None
+    report = quantize(cnn(), recipe=recipe, calibrate=images(), verify=False).report
+    assert (report["recipe"]["bits"], report["recipe"]["act_bits"]) == (6, 8)
+    kept = quantize(cnn(), recipe=recipe, calibrate=images(), act_bits=None, verify=False).report
+    assert kept["recipe"]["act_bits"] is None
+
+
+def test_a_split_float_model_claims_no_quantized_activations():
+    report = quantize(cnn(), float=True, act_ratio=0.2, calibrate=images(), first="same").report
+    assert [(row["act_bits"], row["act_extra"]) for row in report["layers"]] == [(None, 0), (None, 2)]
+    assert "calibrate" not in quantize(cnn(), float=True, calibrate=images()).report["seconds"]
+
+
+def test_layers_that_statistics_do_not_cover_are_told(tmp_path):
+    quantize(cnn(), calibrate=images(), save_stats=tmp_path / "s.npz", only="^y$", verify=False)
+    report = quantize(cnn(), stats=tmp_path / "s.npz", verify=False).report
+    assert any("do not cover the data of 1 layers" in note for note in report["notes"])
+
+
+def test_other_arrays_beside_the_samples_do_not_matter(tmp_path):
+    np.savez(tmp_path / "a.npz", x=images(), label=np.zeros(3, np.int64), names=np.array(["a", None], object))
+    assert calibrated(tmp_path / "a.npz") == calibrated(images())
+
+
+@pytest.mark.parametrize(("option", "kept"), [({"skip": "^a$"}, "a"), ({"only": "^y$"}, "a")])
+def test_a_layer_without_a_name_is_known_by_the_same_name_after_folding(option, kept):
+    text = """g (float[N,3,H,W] x, float[6,3,3,3] w1, float[6] ws, float[6] wt, float[6] wm,
+        float[6] v, float[4,6,3,3] w2)
+        => (float[N,4,A,B] y) {
+        a = Conv(x, w1)
+        b = BatchNormalization(a, ws, wt, wm, v)
+        y = Conv(b, w2) }"""
+    model = with_weights(onnx.parser.parse_model(f"{HEAD} {text}"))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(6, np.float32), "v"))
+    model.graph.input.remove(next(value for value in model.graph.input if value.name == "v"))
+    result = quantize(model, calibrate=images(), verify=False, **option)
+    status = {row["name"]: row["status"] for row in result.report["layers"]}
+    assert status[kept] == "declined"
+    assert status["y"] != "declined"
+    assert "BatchNormalization" in {node.op_type for node in result.model.graph.node}
+    both = quantize(model, calibrate=images(), verify=False)
+    assert {row["name"] for row in both.report["layers"]} == {"a", "y"}
+    assert all(row["act_bits"] == 8 for row in both.report["layers"])

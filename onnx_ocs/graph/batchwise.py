@@ -32,9 +32,10 @@ def expand_by_batch(
 ) -> tuple[gs.Tensor, gs.Tensor | None, gs.Tensor]:
     """The split batch, which channel each of its channels copies, and its step: (), float32.
 
-    Always the channel with the largest remaining magnitude gets one more copy. With even shares the copies that this
-    gives are those of the ``extra`` largest among the quotients ``peak[c] / j``, j from 1 on, so one TopK finds them;
-    of equal quotients it takes those with the smaller j first, so the j of a channel have no gaps.
+    Always the channel with the largest remaining magnitude gets one more copy, up to :data:`COPIES` in all. With even
+    shares the copies that this gives are those of the ``extra`` largest among the quotients ``peak[c] / j``, j from 1
+    on, so one TopK finds them; of equal quotients it takes those with the smaller j first, so the j of a channel have
+    no gaps.
 
     Args:
         data: (..., C, ...), channels along ``axis``, counted from the end.

@@ -283,7 +283,11 @@ class Editor:
         return tensor.name in self._results
 
     def bypass(self, scope: Scope, maker: gs.Node, node: gs.Node) -> None:
-        """Let ``maker`` make the output of ``node``, the only one that is read, and remove ``node``."""
+        """Let ``maker`` make the output of ``node``, the only one that is read, and remove ``node``.
+
+        A node without a name gets that of the output it made so far, by which it is known.
+        """
+        maker.name = maker.name or maker.outputs[0].name
         (output,) = [tensor for tensor in node.outputs if tensor.name and (tensor.outputs or self.is_result(tensor))]
         inputs = list(node.inputs)
         node.inputs.clear()
@@ -346,6 +350,8 @@ def _patch(scope: Scope) -> None:
         if id(node) not in scope.sources:
             proto.node.insert(index, OnnxExporter.export_node(node))
     for node, source in zip(nodes, proto.node, strict=True):
+        if node.name != source.name:
+            source.name = node.name
         for tensors, names in ((node.inputs, source.input), (node.outputs, source.output)):
             if [tensor.name for tensor in tensors] != list(names):
                 names[:] = [tensor.name for tensor in tensors]

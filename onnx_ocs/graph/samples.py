@@ -94,6 +94,8 @@ def stored(samples: Samples, folder: Path, limit: int | None = None) -> Path:
     """
     if isinstance(samples, str | Path):
         return Path(samples)
+    if not isinstance(samples, Iterable):
+        raise BadSamples(f"samples are a path, arrays, or an iterable of arrays, not a {type(samples).__name__}")
     folder.mkdir()
     items = [samples] if isinstance(samples, np.ndarray | Mapping) else itertools.islice(samples, limit)
     for number, item in enumerate(items):
@@ -185,6 +187,7 @@ class _arrays:
     def __init__(self, path: Path, inputs: list[Input]) -> None:
         self._path, self._inputs = path, inputs
         self._streams: dict[str, _Stream] = {}
+        self._names: list[str] = []
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> "_arrays":
@@ -196,8 +199,9 @@ class _arrays:
     def _enter(self, opening: contextlib.ExitStack) -> None:
         if self._path.suffix == ".npz":
             archive = opening.enter_context(zipfile.ZipFile(self._path))
-            for member in archive.namelist():
-                self._streams[member.removesuffix(".npy")] = _Stream(opening.enter_context(archive.open(member)))
+            self._names = [member.removesuffix(".npy") for member in archive.namelist()]
+            for name in {*(item.name for item in self._inputs), *LABELS}.intersection(self._names):
+                self._streams[name] = _Stream(opening.enter_context(archive.open(f"{name}.npy")))
         elif self._path.suffix == ".npy":
             if len(self._inputs) != 1:
                 raise BadSamples(
@@ -215,8 +219,7 @@ class _arrays:
         for item in self._inputs:
             if item.name not in self._streams:
                 raise BadSamples(
-                    f"{self._path}: no array for input {item.name!r}; "
-                    f"it has {', '.join(sorted(self._streams)) or 'none'}"
+                    f"{self._path}: no array for input {item.name!r}; it has {', '.join(sorted(self._names)) or 'none'}"
                 )
             stream = self._streams[item.name]
             stacked = len(stream.shape) == len(item.shape) + 1
@@ -230,7 +233,8 @@ class _arrays:
         if len(set(lengths.values())) != 1:
             raise BadSamples(f"{self._path}: the inputs have different numbers of samples: {lengths}")
         (total,) = set(lengths.values())
-        labels = next((self._streams[name] for name in LABELS if name in self._streams), None)
+        found = (self._streams[name] for name in LABELS if name in self._streams)
+        labels = next((stream for stream in found if stream.shape[:1] == (total,)), None)
         ragged = all(not isinstance(item.shape[0], int) for item in self._inputs if item.shape)
         if limit is not None:  # one batch at least where the model takes no smaller one
             total = min(total, limit if ragged else max(limit, batch))

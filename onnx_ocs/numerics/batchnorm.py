@@ -20,8 +20,9 @@ class Affine:
 def affine(parameters: tuple[NDArray[Any], ...], epsilon: float) -> Affine:
     """``scale * (x - mean) / sqrt(variance + epsilon) + shift``; ``parameters`` in the operator's order, (M,) each."""
     scale, shift, mean, variance = (values.astype(np.float64) for values in parameters)
-    factor = scale / np.sqrt(variance + epsilon)
-    return Affine(factor, shift - mean * factor)
+    with np.errstate(invalid="ignore", divide="ignore"):  # what comes of it is not finite, and shows
+        factor = scale / np.sqrt(variance + epsilon)
+        return Affine(factor, shift - mean * factor)
 
 
 def scaled(weight: NDArray[Any], factor: NDArray[np.float64], axis: int, groups: int = 1) -> NDArray[Any]:

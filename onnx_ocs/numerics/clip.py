@@ -231,8 +231,12 @@ SAWB = {
     6: (22.197, 24.023),
     7: (27.573, 30.398),
     8: (33.014, 36.869),
+    9: (38.511, 43.419),
 }
-"""c1 and c2 of each number of bits, for a symmetric grid of 2^b - 1 points that rounds to nearest (see ``sawb``)."""
+"""c1 and c2 of each number of bits, for a symmetric grid of 2^b - 1 points that rounds to nearest (see ``sawb``).
+
+An unsigned grid of b bits is one half of the symmetric one of b + 1, hence 9.
+"""
 
 
 @clip_method("sawb", skips_zeros=True)

@@ -1,7 +1,7 @@
 """What is kept of a tensor while samples pass: sums, extremes and counts, never the values.
 
 Histograms grow with the values: their parts divide ``[0, reach)``, where ``reach`` is a power of two, and when a larger
-magnitude comes, neighbouring parts are joined until it fits. So the counts do not depend on the order of the batches.
+magnitude comes, neighbouring parts are joined until it fits. So histograms do not depend on the order of the batches.
 """
 
 import itertools
@@ -112,6 +112,8 @@ class Statistics:
         parts = self.channel_counts.shape[1]
         total = self.channel_counts.sum(axis=0, dtype=np.float64)
         known = np.flatnonzero(total)
+        if not len(known):  # zeros only
+            return counts
         copies = np.bincount(plan.source, minlength=self.channels)
         moved = {}
         for channel in np.flatnonzero(copies > 1).tolist():
@@ -269,7 +271,7 @@ class _Tally:
             self._counts = _joined(self._counts[None], factor)[0]
             self._channel_counts = _joined(self._channel_counts.reshape(-1, self._parts), factor).reshape(-1)
         else:  # zeros only so far; they lie in the first part of each channel
-            self._channel_counts[:: self._parts] += np.uint32(self._counts[0] // self.channels)
+            self._channel_counts[:: self._parts] += np.uint32(self._counts[0] // (self.channels * self._thin))
         self._reach = reach
 
     def statistics(

@@ -176,6 +176,6 @@ def observed(editor: Editor, layer: Layer) -> Observed | None:
     if not (main.holds(data) or any(data is source for source in main.graph.inputs)):
         return None
     shape = editor.shapes.get(name)
-    if shape is None and layer.node.op.startswith("Conv"):
+    if shape is None and layer.node.op in ("Conv", "ConvTranspose", "Gemm"):
         shape = (None,) * len(layer.weight.shape)
     return Observed(name, layer.data_axis, layer.channels, shape, layer.weight.data_type)

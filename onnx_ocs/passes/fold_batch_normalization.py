@@ -22,11 +22,14 @@ class FoldBatchNormalization:
 
     name: ClassVar[str] = "fold-batch-normalization"
 
+    kept: frozenset[str] = frozenset()  # layers that are left as they are, by name
+
     def apply(self, editor: Editor) -> int:
         folded: set[int] = set()
         for found in find_foldable(editor):
-            if id(found.layer.node) not in folded and self._visit(editor, found):
-                folded.add(id(found.layer.node))
+            layer = found.layer
+            if id(layer.node) not in folded and layer.name not in self.kept and self._visit(editor, found):
+                folded.add(id(layer.node))
         return len(folded)
 
     def _visit(self, edit: Editor, found: Foldable) -> bool:
@@ -37,12 +40,15 @@ class FoldBatchNormalization:
         if not (np.isfinite(normal.factor).all() and np.isfinite(normal.summand).all()):
             return False
         assert layer.output_axis is not None
-        groups = layer.groups if layer.groups_on_input else 1
-        weight = scaled(values, normal.factor, layer.output_axis, groups)
         shift = normal.summand / found.bias_factor
         bias = shift if found.bias is None else found.bias * normal.factor + shift
+        with np.errstate(over="ignore"):
+            weight = scaled(values, normal.factor, layer.output_axis, layer.groups if layer.groups_on_input else 1)
+            bias = bias.astype(values.dtype)
+        if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+            return False  # beyond what their type can hold
         edit.rewire(layer.node, layer.weight_input, self._constant(edit, found, layer.weight.tensor.name, weight))
-        added = self._constant(edit, found, f"{layer.name}.bias", bias.astype(values.dtype))
+        added = self._constant(edit, found, f"{layer.name}.bias", bias)
         if found.bias_node is None:
             made = edit.node(scope, "Add", [node.inputs[0], added], f"{layer.name}.biased", node)
             edit.bypass(scope, made.inputs[0], node)

@@ -10,6 +10,8 @@ from onnx_ocs.numerics.split import SplitPlan, extra_channels, joined, plan_spli
 from onnx_ocs.numerics.statistics import Statistics
 from onnx_ocs.passes.base import FIRST_LAYER_BITS, ActivationPlan, LayerPlan, Work, is_first, unsplit
 
+UNCOVERED = "the statistics do not cover the data"
+
 
 @dataclass(frozen=True)
 class PlanActivations:
@@ -49,7 +51,7 @@ class PlanActivations:
             return replace(plan, float_data="its data is made inside of a body or function, where it is not observed")
         seen = work.statistics.get(plan.observed.key)
         if seen is None:
-            return replace(plan, float_data="the statistics do not cover its data")
+            return replace(plan, float_data=UNCOVERED)
         unsigned = self.unsigned and seen.is_nonnegative
         splits = () if reason else self._splits(seen, plan)
         return replace(plan, activation=ActivationPlan(bits, unsigned, splits, reason=reason))

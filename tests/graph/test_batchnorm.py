@@ -160,3 +160,13 @@ def test_a_zero_factor_gives_zero_weights_with_a_positive_scale():
             tensor.CopyFrom(onnx.numpy_helper.from_array(np.array([0, 1, 1, 1, 1, 1], np.float32), "ws"))
     result = quantize(model, ratio=0.2, first="same")
     assert result.report["verification"]["quantized"]["sqnr_db"] > 30
+
+
+def test_what_float16_cannot_hold_stays_unfolded():
+    text = FOLDED["Conv"].replace("float[", "float16[")
+    model = with_weights(onnx.parser.parse_model(f"{HEAD} {text}"))
+    large = {"ws": 60000.0, "wv": 0.0001}
+    for tensor in model.graph.initializer:
+        if tensor.name in large:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.full(6, large[tensor.name], np.float16), tensor.name))
+    assert folded(model)[1] == 0
