@@ -10,7 +10,7 @@ import onnx
 from onnx_ocs import calibrate, verify
 from onnx_ocs._version import __version__
 from onnx_ocs.decide import decide
-from onnx_ocs.errors import RuntimeFailed, UnsupportedModel, VerificationFailed
+from onnx_ocs.errors import BadSamples, RuntimeFailed, UnsupportedModel, VerificationFailed
 from onnx_ocs.graph import files
 from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.hints import table_lengths
@@ -75,23 +75,31 @@ def transform(
         OcsError: the model or the samples cannot be used, or the result is not what it has to be; nothing is written.
     """
     with files.workplace(target) as folder:
-        if calibration.samples is not None:
-            path = stored(calibration.samples, folder / "samples", recipe.calibration_samples)
-            calibration = replace(calibration, samples=path)
-        narrow = recipe.container == "auto"
-        run = Run(recipe, source, target, folder, inputs, calibration, timeout, progress, narrow)
-        if calibration.given and not recipe.calibrates:
-            run.notes.append("no statistics of activations are needed with these options; none were gathered or used")
+        here = folder / "samples"
         try:
-            return _saving_stats(run, _transform(run))
-        except (RuntimeFailed, VerificationFailed) as error:
-            if not (run.narrow and run.raised):
-                raise
-            failure = error
-        run.narrow, run.raised = False, False
-        why = str(failure).removesuffix("; nothing was written")
-        run.notes[:] = [f"INT8 is kept, since the model with a narrower type did not pass: {why}"]
+            if calibration.samples is not None:
+                path = stored(calibration.samples, here, recipe.calibration_samples)
+                calibration = replace(calibration, samples=path)
+            narrow = recipe.container == "auto"
+            return _attempt(Run(recipe, source, target, folder, inputs, calibration, timeout, progress, narrow))
+        except BadSamples as error:  # of arrays, whose files nobody but this run knows
+            raise BadSamples(str(error).replace(str(here), "the given samples")) from None
+
+
+def _attempt(run: Run) -> Outcome:
+    """With the narrowest integers first, and with INT8 if the result does not pass."""
+    if run.calibration.given and not run.recipe.calibrates:
+        run.notes.append("no statistics of activations are needed with these options; none were gathered or used")
+    try:
         return _saving_stats(run, _transform(run))
+    except (RuntimeFailed, VerificationFailed) as error:
+        if not (run.narrow and run.raised):
+            raise
+        failure = error
+    run.narrow, run.raised = False, False
+    why = str(failure).removesuffix("; nothing was written")
+    run.notes[:] = [f"INT8 is kept, since the model with a narrower type did not pass: {why}"]
+    return _saving_stats(run, _transform(run))
 
 
 def _saving_stats(run: Run, outcome: Outcome) -> Outcome:
