@@ -28,7 +28,7 @@ from onnx_ocs.graph.session import Session
 from onnx_ocs.numerics.statistics import Recorder, Statistics
 
 STRIDE = 31
-"""Positions from one taken value to the next; a prime, so that all columns of an image have their turn."""
+"""About one value in so many is taken; of an image it is every sixth row and every fifth column."""
 
 THIN = 4
 """Every so many of the taken values of a row also go into the histogram of their channel."""
