@@ -10,7 +10,7 @@ in the layout of ImageNet's validation set (one folder for each class, in the or
 import argparse
 import csv
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -93,6 +93,26 @@ def compare(reference: NDArray[np.float32], found: NDArray[np.float32], labels: 
 def paper(name: str) -> list[dict[str, str]]:
     """The rows of one of the paper's tables."""
     return list(csv.DictReader((assets().parent / "reference" / name).open()))
+
+
+def print_head(network: Network, first: str, columns: Sequence[str]) -> None:
+    """The head of a table of one network, whose rows are those of :func:`print_row`."""
+    print(f"\n{network.name}: top-1 / agreement, in percent\n\n| {first} | {' | '.join(columns)} |")
+    print("|---" * (len(columns) + 1) + "|")
+
+
+def print_row(first: object, found: Mapping[str, Figures], columns: Sequence[str]) -> None:
+    cells = [f"{found[name].top1:.1f} / {found[name].agreement:.1f}" for name in columns]
+    print(f"| {first} | {' | '.join(cells)} |", flush=True)
+
+
+def print_paper(title: str, name: str) -> None:
+    """One of the paper's tables as it is."""
+    lines = paper(name)
+    names = list(lines[0])
+    print(f"\n{title}:\n\n| {' | '.join(names)} |\n{'|---' * len(names)}|")
+    for line in lines:
+        print(f"| {' | '.join(line.values())} |")
 
 
 def _resnet20(calibrate: int) -> Network:

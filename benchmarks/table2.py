@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from networks import Figures, Network, add_options, compare, networks, outputs, paper
+from networks import Figures, Network, add_options, compare, networks, outputs, print_head, print_paper, print_row
 
 from onnx_ocs import quantize
 
@@ -63,18 +63,12 @@ def main() -> int:
         for network in networks(arguments):
             stats = Path(folder, f"{network.name}.npz")
             quantize(network.model, calibrate=network.calibration, save_stats=stats, verify=False)
-            print(f"\n{network.name}: top-1 / agreement, in percent\n\n| bits | {' | '.join(COLUMNS)} |")
-            print("|---" * (len(COLUMNS) + 1) + "|")
+            print_head(network, "bits", COLUMNS)
             for bits in arguments.bits:
                 found = row(network, bits, None if arguments.weights_only else 8, stats)
-                cells = [f"{found[name].top1:.1f} / {found[name].agreement:.1f}" for name in COLUMNS]
-                print(f"| {bits} | {' | '.join(cells)} |", flush=True)
+                print_row(bits, found, COLUMNS)
                 broken += network.name.startswith("SqueezeNet") and broken_order(bits, found)
-    lines = paper("table2_imagenet_weight_bits.csv")
-    names = list(lines[0])
-    print(f"\nThe paper, top-1:\n\n| {' | '.join(names)} |\n{'|---' * len(names)}|")
-    for line in lines:
-        print(f"| {' | '.join(line.values())} |")
+    print_paper("The paper, top-1", "table2_imagenet_weight_bits.csv")
     print(f"\n{broken} promises broken")
     return int(bool(broken))
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from networks import Figures, Network, add_options, compare, networks, outputs, paper
+from networks import Figures, Network, add_options, compare, networks, outputs, print_head, print_paper, print_row
 
 from onnx_ocs import quantize
 
@@ -56,18 +56,12 @@ def main() -> int:
         for network in networks(arguments):
             stats = Path(folder, f"{network.name}.npz")
             quantize(network.model, calibrate=network.calibration, save_stats=stats, verify=False)
-            print(f"\n{network.name}: top-1 / agreement, in percent\n\n| act bits | {' | '.join(COLUMNS)} |")
-            print("|---" * (len(COLUMNS) + 1) + "|")
+            print_head(network, "act bits", COLUMNS)
             for bits in arguments.act_bits:
                 found = row(network, bits, arguments.weight_bits, stats)
-                cells = [f"{found[name].top1:.1f} / {found[name].agreement:.1f}" for name in COLUMNS]
-                print(f"| {bits} | {' | '.join(cells)} |", flush=True)
+                print_row(bits, found, COLUMNS)
                 broken += broken_promises(bits, found) if network.name == "ResNet-20" else 0
-    lines = paper("table3_imagenet_activation_bits.csv")
-    names = list(lines[0])
-    print(f"\nThe paper, top-1, weights of 8 bits:\n\n| {' | '.join(names)} |\n{'|---' * len(names)}|")
-    for line in lines:
-        print(f"| {' | '.join(line.values())} |")
+    print_paper("The paper, top-1, weights of 8 bits", "table3_imagenet_activation_bits.csv")
     print(f"\n{broken} promises broken")
     return int(bool(broken))
 
