@@ -1,0 +1,12 @@
+"""OpenVINO: it reads the pairs as FakeQuantize and moves the scales through the graph by itself."""
+
+from onnx_ocs.targets.base import Target
+
+TARGET = Target(
+    name="openvino",
+    summary="OpenVINO: UINT8 data at the inputs of layers and of Add",
+    unsigned=True,
+    skips=frozenset({"Add"}),
+    containers=frozenset({8, 4}),  # INT2 is refused
+    channel_multiple=4,
+)

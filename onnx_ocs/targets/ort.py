@@ -1,0 +1,16 @@
+"""ONNX Runtime on CPUs: a node becomes an integer kernel when all its inputs and its output are quantized."""
+
+from onnx_ocs.targets.base import Target
+
+TARGET = Target(
+    name="ort",
+    summary="ONNX Runtime on CPUs: UINT8 data, and integer kernels wherever it has them",
+    unsigned=True,
+    outputs=frozenset({"Conv"}),  # Gemm and MatMul write float where no integer kernel reads them
+    computes=frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Softmax"}),
+    moves=frozenset(
+        {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather", "Resize"}
+    ),
+    absorbed=frozenset({"Relu", "Clip"}),
+    channel_multiple=4,
+)

@@ -1,0 +1,15 @@
+"""NVIDIA TensorRT, explicit quantization: symmetric INT8 at the inputs of layers, and INT4 in blocks.
+
+Sources: the parser of onnx-tensorrt (onnxOpImporters.cpp) and the developer guide, "Working with Quantized Types".
+"""
+
+from onnx_ocs.targets.base import Target
+
+TARGET = Target(
+    name="tensorrt",
+    summary="NVIDIA TensorRT: symmetric INT8 at the inputs of layers and at the skip branch of a residual Add",
+    one_scale=frozenset({"Concat"}),
+    skips=frozenset({"Add"}),
+    containers=frozenset({8}),  # INT4 in blocks only
+    channel_multiple=32,
+)
