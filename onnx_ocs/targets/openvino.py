@@ -8,5 +8,7 @@ TARGET = Target(
     unsigned=True,
     skips=frozenset({"Add"}),
     containers=frozenset({8, 4}),  # INT2 is refused
+    integer_containers=frozenset({8, 4}),
+    gathers_integers=True,
     channel_multiple=4,
 )
