@@ -48,7 +48,7 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
             recipe.split_policy,
             weights,
             *limits,
-            shared=recipe.folds != "never",
+            shared=recipe.target != "generic" or recipe.folds != "never",
         ),
         *([ChooseSteps(recipe.clip)] if weights else []),
     ]

@@ -29,6 +29,12 @@ class Cost:
         return self.bytes + self.macs / MACS_PER_BYTE
 
 
+def columns(outputs: int, block: int) -> float:
+    """The channels that take as long where a kernel computes ``block`` at once: a rest takes one and a half blocks."""
+    whole, rest = divmod(outputs, block)
+    return (whole + 1.5 if rest else whole) * block
+
+
 @dataclass(frozen=True)
 class Room:
     """How many channels a layer gets, and why not as many as asked."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from onnx_ocs.graph.layers import Layer
 from onnx_ocs.graph.streams import Stream, stream_of
-from onnx_ocs.numerics.cost import Cost, room
+from onnx_ocs.numerics.cost import Cost, columns, room
 from onnx_ocs.passes.base import LayerPlan, Work, unsplit
 
 
@@ -92,8 +92,8 @@ class PlanStreams:
         made = Cost(macs=share * sum(_products(work, layer) for layer in stream.depthwise))
         for layer in stream.makers:
             outputs = len(stream.ids[layer.node.outputs[0].name])
-            before, after = (math.ceil(number / self.block) for number in (outputs, outputs * (1 + share)))
-            made += Cost(macs=_products(work, layer) * (after - before) * self.block / outputs)
+            before, after = (columns(number, self.block) for number in (outputs, math.ceil(outputs * (1 + share))))
+            made += Cost(macs=_products(work, layer) * (after - before) / outputs)
         for node, passage in stream.passages:
             name = node.outputs[0].name
             values = _positions(work, name, passage.output) * len(stream.ids[name])
