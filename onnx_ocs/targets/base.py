@@ -1,6 +1,9 @@
 """What a runtime wants of a model with QuantizeLinear and DequantizeLinear nodes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+VALID = ("opset", "scale-shape", "scale-positive")
+"""Rules of the ONNX standard itself, which hold everywhere."""
 
 
 @dataclass(frozen=True)
@@ -41,5 +44,5 @@ class Target:
     channel_multiple: int = 1
     """The number of channels of data of which the integer kernels want a multiple."""
 
-    rules: tuple[str, ...] = field(default=())
-    """What the lint looks for, by the names of its rules."""
+    rules: tuple[str, ...] = VALID
+    """What the lint looks for, by the names of its rules, in this order."""

@@ -1,6 +1,6 @@
 """OpenVINO: it reads the pairs as FakeQuantize and moves the scales through the graph by itself."""
 
-from onnx_ocs.targets.base import Target
+from onnx_ocs.targets.base import VALID, Target
 
 TARGET = Target(
     name="openvino",
@@ -9,4 +9,5 @@ TARGET = Target(
     skips=frozenset({"Add"}),
     containers=frozenset({8, 4}),  # INT2 is refused
     channel_multiple=4,
+    rules=(*VALID, "int2", "int4-odd"),
 )

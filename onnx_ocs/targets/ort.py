@@ -1,6 +1,6 @@
 """ONNX Runtime on CPUs: a node becomes an integer kernel when all its inputs and its output are quantized."""
 
-from onnx_ocs.targets.base import Target
+from onnx_ocs.targets.base import VALID, Target
 
 TARGET = Target(
     name="ort",
@@ -13,4 +13,22 @@ TARGET = Target(
     ),
     absorbed=frozenset({"Relu", "Clip"}),
     channel_multiple=4,
+    rules=(
+        *VALID,
+        "loads",
+        "written-zero-point",
+        "both-operands",
+        "relu",
+        "clip",
+        "int8-data",
+        "output",
+        "gemm",
+        "four-bit-weight",
+        "conv-transpose",
+        "partly",
+        "moved-scale",
+        "gather-place",
+        "float-kernel",  # behind those that say why
+        "saturation",
+    ),
 )
