@@ -15,9 +15,9 @@ from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.hints import table_lengths
 from onnx_ocs.graph.model import Model
 from onnx_ocs.graph.samples import Samples
-from onnx_ocs.lint import LayerKernel, find_violations
-from onnx_ocs.lint.base import Finding
 from onnx_ocs.recipe import Recipe, stored_recipe
+from onnx_ocs.rules import LayerKernel, find_violations
+from onnx_ocs.rules.base import Finding
 from onnx_ocs.run import Calibration, Source
 from onnx_ocs.targets import TARGETS
 

@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_ocs.graph.layers import Place
 from onnx_ocs.graph.quantized import MatrixNode, Quantizer, Wiring
-from onnx_ocs.lint.kernels import Kernels
+from onnx_ocs.rules.kernels import Kernels
 from onnx_ocs.targets.base import Target
 
 Severity = Literal["error", "warning", "note"]

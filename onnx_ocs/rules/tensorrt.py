@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import onnx_graphsurgeon as gs
 
 from onnx_ocs.graph.quantized import DEQUANTIZE, MATRIX, QUANTIZE, MatrixNode, Quantizer, maker_of
-from onnx_ocs.lint.base import Problem, View, rule
-from onnx_ocs.lint.formats import is_symmetric
+from onnx_ocs.rules.base import Problem, View, rule
+from onnx_ocs.rules.formats import is_symmetric
 
 TYPES = frozenset({"INT8", "INT4", "FLOAT8E4M3FN", "FLOAT4E2M1"})
 FOUR_BITS = frozenset({"INT4", "FLOAT4E2M1"})

@@ -12,8 +12,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_ocs.graph.quantized import DEQUANTIZE, QUANTIZE, MatrixNode, Quantizer, maker_of
-from onnx_ocs.lint.base import Problem, View, rule
-from onnx_ocs.lint.formats import lowest
+from onnx_ocs.rules.base import Problem, View, rule
+from onnx_ocs.rules.formats import lowest
 
 ACTIVATIONS = frozenset({"Relu", "Clip"})
 
@@ -153,17 +153,27 @@ def _held_back(view: View, found: Quantizer) -> str:
 
 @rule("output", "warning", explains=True)
 def output(view: View) -> Iterator[Problem]:
-    """The output of a Conv is quantized too, and read by QuantizeLinear alone (ConvNodeGroupSelector)."""
+    """The output of a Conv is quantized too, and read by QuantizeLinear alone (ConvNodeGroupSelector).
+
+    Gemm and MatMul may write float, but not through a Relu or Clip with one reader: that has to be a QuantizeLinear
+    (NodeGroupSelector::GetQDQSelection).
+    """
     for layer in _candidates(view):
-        if layer.node.op not in view.target.outputs:
-            continue
-        if _quantizer_behind(view, layer.output) is None:
-            reader = view.wiring.sole_reader(layer.output)
-            tensor = reader.outputs[0] if reader is not None and reader.op in ACTIVATIONS else layer.output
+        tensor = layer.output
+        reader = view.wiring.sole_reader(tensor)
+        if reader is not None and reader.op in ACTIVATIONS:
+            tensor = reader.outputs[0]
+            needed = view.wiring.sole_reader(tensor) is not None or layer.node.op in view.target.outputs
+        else:
+            needed = layer.node.op in view.target.outputs
+        if needed and _quantizer_behind(view, layer.output) is None:
             why = "is an output of the graph" if view.wiring.is_output(tensor) else f"is read by {_told(tensor)}"
+            through = (
+                f"behind {reader.op} {reader.name!r} " if reader is not None and tensor is not layer.output else ""
+            )
             yield Problem(
                 layer.place,
-                f"its output {why}, not by a QuantizeLinear alone",
+                f"its output {through}{why}, not by a QuantizeLinear alone",
                 "quantize the output, and let every reader read it through DequantizeLinear",
             )
 
@@ -175,23 +185,32 @@ def _told(tensor: gs.Tensor) -> str:
 
 @rule("gemm", "warning", explains=True)
 def gemm(view: View) -> Iterator[Problem]:
-    """A Gemm has an INT32 bias or none, beta = 1 and no transA (GemmNodeGroupSelector)."""
+    """A Gemm has an INT32 bias or none, and beta = 1 (GemmNodeGroupSelector).
+
+    A MatMul of two dimensions with an Add of a constant behind it is made a Gemm first (matmul_add_fusion.cc).
+    """
+    remedy = "store the bias as INT32 with the scale of data times weight, behind DequantizeLinear"
     for layer in _candidates(view):
-        if layer.node.op != "Gemm":
+        bias = layer.bias
+        if layer.node.op == "MatMul" and (added := _added(view, layer)) is not None:
+            yield Problem(layer.place, f"it makes a Gemm with Add {added.name!r}, whose bias is float", remedy)
+        if layer.node.op != "Gemm" or bias is None:
             continue
-        attributes, bias = layer.node.attrs, layer.bias
-        if attributes.get("transA", 0):
-            yield Problem(layer.place, "transA is set", "transpose the data in a node of its own")
-        elif bias is not None and attributes.get("beta", 1.0) != 1.0:
-            yield Problem(
-                layer.place, f"beta is {attributes['beta']:g}", "multiply the bias by beta, and set beta to 1"
-            )
-        elif bias is not None and (bias.dequantizer is None or bias.dequantizer.type_name != "INT32"):
-            yield Problem(
-                layer.place,
-                "its bias is float, with which a Gemm stays float (a Conv does not)",
-                "store the bias as INT32 with the scale of data times weight, or write MatMul and Add",
-            )
+        if (beta := layer.node.attrs.get("beta", 1.0)) != 1.0:
+            yield Problem(layer.place, f"beta is {beta:g}", "multiply the bias by beta, and set beta to 1")
+        elif bias.dequantizer is None or bias.dequantizer.type_name != "INT32":
+            yield Problem(layer.place, "its bias is float, with which a Gemm stays float (a Conv does not)", remedy)
+
+
+def _added(view: View, layer: MatrixNode) -> gs.Node | None:
+    """The Add of a float constant that onnxruntime takes into a Gemm with the MatMul ``layer``."""
+    reader = view.wiring.sole_reader(layer.output)
+    if reader is None or reader.op != "Add" or len(reader.inputs) != 2:
+        return None
+    others = [view.wiring.operand(tensor) for tensor in reader.inputs if tensor is not layer.output]
+    ranks = view.wiring.editor.ranks
+    flat = ranks.get(layer.data.tensor.name) == 2 and (layer.output_axis is not None)
+    return reader if flat and len(others) == 1 and others[0].constant and not others[0].quantized else None
 
 
 @rule("four-bit-weight", "note", explains=True)

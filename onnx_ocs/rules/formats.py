@@ -7,7 +7,7 @@ import onnx
 
 from onnx_ocs.graph.model import PACKED
 from onnx_ocs.graph.quantized import Quantizer, integer_limits
-from onnx_ocs.lint.base import Problem, View, rule
+from onnx_ocs.rules.base import Problem, View, rule
 
 SINCE = {
     "FLOAT8E4M3FN": 19,
