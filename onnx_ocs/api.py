@@ -45,7 +45,7 @@ class Result:
 
 def quantize(
     source: Source,
-    target: str | Path | None = None,
+    destination: str | Path | None = None,
     *,
     preset: str | None = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
@@ -62,7 +62,7 @@ def quantize(
 
     Args:
         source: a path or a proto, which is not modified.
-        target: where to write; without it the model is only returned.
+        destination: where to write; without it the model is only returned.
         preset: ``paper``.
         recipe: a stored recipe or report (a path or its content) whose options hold where nothing else is said.
         inputs: samples to verify on; without it some of those for calibration, or seeded random ones.
@@ -90,15 +90,15 @@ def quantize(
         if beside is not None:
             with files.workplace(Path(beside)):
                 pass  # it can be written, so that no model is written without it
-    outcome = pipeline.transform(source, _path(target), chosen, _path(inputs), calibration, timeout, progress)
+    outcome = pipeline.transform(source, _path(destination), chosen, _path(inputs), calibration, timeout, progress)
     if report is not None:
         write_json(Path(report), outcome.report)
     return Result(outcome.report, outcome.path, outcome.model)
 
 
-def split(source: Source, target: str | Path | None = None, **options: Any) -> Result:
+def split(source: Source, destination: str | Path | None = None, **options: Any) -> Result:
     """As :func:`quantize`, but the model stays float: the same function with a narrower range of weights."""
-    return quantize(source, target, **{**options, "float": True})
+    return quantize(source, destination, **{**options, "float": True})
 
 
 def resolve(

@@ -1,4 +1,4 @@
-"""What is done with each layer: raise the opset, calibrate, fold, and let the deciding passes run in their order."""
+"""What is done with each layer: raise the opset, fold, calibrate, and let the deciding passes run in their order."""
 
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from onnx_ocs.passes.choose_activation_steps import ChooseActivationSteps
 from onnx_ocs.passes.choose_grid import ChooseGrid
 from onnx_ocs.passes.choose_steps import ChooseSteps
 from onnx_ocs.passes.fold_batch_normalization import FoldBatchNormalization
+from onnx_ocs.passes.place_tensors import PlaceTensors
 from onnx_ocs.passes.plan_activations import UNCOVERED, PlanActivations
 from onnx_ocs.passes.plan_splits import PlanSplits
 from onnx_ocs.passes.select_layers import SelectLayers
@@ -24,21 +25,20 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
     recipe = run.recipe
     select = SelectLayers(recipe.only, recipe.skip, recipe.quantize_ops, recipe.first)
     stored = recipe.bits is not None and not recipe.float
-    grid = ChooseGrid(recipe.bits or 8, recipe.per_channel, recipe.first, run.narrow, stored)
+    grid = ChooseGrid(recipe.bits or 8, recipe.per_channel, recipe.first, _containers(run), stored)
     work, declined = _found(run, model, select)
     if _raise_opset(run, model, work, grid):
         work, declined = _found(run, model, select)
-    seen = _statistics(run, model, work) if recipe.calibrates else {}
     if recipe.fold_bn and _fold(run, model, work):
         work, declined = _found(run, model, select)
-    work.statistics = seen
+    work.statistics = _statistics(run, model, work) if recipe.calibrates else {}
     dynamic = recipe.act_split == "dynamic"
     acts = recipe.act_bits if not recipe.float or recipe.act_ratio else None
     weights = recipe.bits is not None or recipe.float
     steps: list[Pass] = [
-        PlanActivations(acts, recipe.act_ratio, dynamic, recipe.act_unsigned, recipe.first),
+        PlanActivations(acts, recipe.act_ratio, dynamic, recipe.act_unsigned, recipe.rules.unsigned, recipe.first),
         *([grid] if weights else []),
-        ChooseActivationSteps(recipe.act_clip),
+        ChooseActivationSteps(recipe.act_clip, recipe.rules.unsigned),
         PlanSplits(recipe.ratio, recipe.split_policy, weights),
         *([ChooseSteps(recipe.clip)] if weights else []),
     ]
@@ -51,13 +51,21 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
     return work, declined
 
 
+def _containers(run: Run) -> frozenset[int]:
+    """Bits of the integer types that weights may have."""
+    rules = run.recipe.rules
+    allowed = rules.containers & rules.integer_containers if run.recipe.act_bits is not None else rules.containers
+    return allowed if run.narrow else frozenset({8})
+
+
 def _statistics(run: Run, model: Model, work: Work) -> calibrate.Seen:
     """What calibration sees of the data of the selected layers, or what a file of statistics says."""
     recipe, given = run.recipe, run.calibration
     if run.seen is None and given.stats is not None:
         run.seen = calibrate.load(given.stats, Model.load(run.source).digest())
     if run.seen is None and model.opset() >= OPSET:
-        found = [plan.observed for plan in work.plans if plan.observed and not plan.declined]
+        layers = [plan.observed for plan in work.plans if plan.observed and not plan.declined]
+        found = layers + [plan.observed for plan in work.tensors]
         tensors = list({tensor.key: tensor for tensor in found}.values())
         assert isinstance(given.samples, Path)
         with run.timed("calibrate"):
@@ -93,6 +101,9 @@ def _found(run: Run, model: Model, select: SelectLayers) -> tuple[Work, list[Dec
     observe = run.recipe.calibrates
     work = Work(editor, [LayerPlan(layer, observed(editor, layer) if observe else None) for layer in layers])
     work.plans = select.apply(work)
+    if observe and not run.recipe.float:
+        aware = run.recipe.split == "qa"
+        work.plans = PlaceTensors(run.recipe.rules, run.recipe.act_ratio, aware).apply(work)
     return work, [item for item in found if isinstance(item, Declined)]
 
 

@@ -20,6 +20,7 @@ from onnx_ocs.graph.samples import stored
 from onnx_ocs.numerics.weights import range_of, recombination_error
 from onnx_ocs.passes.base import LayerPlan, Work
 from onnx_ocs.passes.quantize_activations import QuantizeActivations
+from onnx_ocs.passes.quantize_biases import QuantizeBiases
 from onnx_ocs.passes.quantize_weights import QuantizeWeights
 from onnx_ocs.passes.split_by_batch import SplitByBatch
 from onnx_ocs.passes.split_channels import SplitChannels
@@ -137,7 +138,8 @@ def _transform(run: Run) -> Outcome:
         with run.timed("quantize"):
             if recipe.bits is not None:
                 work.plans = QuantizeWeights(aware=aware).apply(work)
-            work.plans = QuantizeActivations().apply(work)
+            work.plans = QuantizeBiases(recipe.rules.integer_bias).apply(work)
+            work.plans = QuantizeActivations(recipe.rules.gathers_integers, recipe.rules.clips_integers).apply(work)
             work.editor.commit()
     for name in work.editor.lost_inputs:
         run.notes.append(

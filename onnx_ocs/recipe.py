@@ -13,6 +13,8 @@ from onnx_ocs.errors import BadRecipe
 from onnx_ocs.graph.layers import READERS
 from onnx_ocs.numerics.clip import parse_clip
 from onnx_ocs.numerics.split import POLICIES
+from onnx_ocs.targets import TARGETS
+from onnx_ocs.targets.base import Target
 
 Number = float
 
@@ -22,7 +24,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "first": ("float", "int8", "same"),
     "act_split": ("static", "dynamic"),
     "container": ("auto", "int8"),
-    "target": ("generic",),
+    "target": tuple(TARGETS),
 }
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -118,6 +120,10 @@ class Recipe:
             if getattr(self, name) not in allowed:
                 option = name.replace("_", "-")
                 raise ValueError(f"{option} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if self.act_split == "dynamic" and self.rules.constant_scales:
+            raise ValueError(f"act-split dynamic computes scales in the graph, which target {self.target} refuses")
+        if self.act_unsigned and self.rules.symmetric:
+            raise ValueError(f"target {self.target} refuses unsigned data; leave act-unsigned out")
         for pattern in (*self.only, *self.skip):
             try:
                 re.compile(pattern)
@@ -132,6 +138,11 @@ class Recipe:
     def calibrates(self) -> bool:
         """Whether samples are needed to choose the scales of activations."""
         return self.act_bits is not None and self.act_split == "static" and (not self.float or self.act_ratio > 0)
+
+    @property
+    def rules(self) -> Target:
+        """The rules of the target."""
+        return TARGETS[self.target]
 
     @classmethod
     def of(

@@ -28,6 +28,27 @@ CONSTANTS_ARE_NOT_INPUTS = 4
 """The first IR version whose initializers need not be listed as graph inputs."""
 
 
+@dataclass(frozen=True, eq=False)
+class DataGrid:
+    """The points that data is rounded to: ``step * (q - zero_point)`` for the integers ``q`` within ``limits``."""
+
+    step: NDArray[np.float32] | gs.Tensor  # (), a constant or a value of the graph
+    limits: tuple[int, int]  # INT8, or UINT8 where they say that no integer is negative
+    zero_point: int = 0
+    float_clip: bool = False  # limits that are narrower than the type are held before the rounding
+
+    @property
+    def kind(self) -> type[np.integer[Any]]:
+        """The type of the integers."""
+        return np.uint8 if self.limits[0] == 0 else np.int8
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for equal grids."""
+        step = self.step.name if isinstance(self.step, gs.Tensor) else self.step.tobytes()
+        return step, self.limits, self.zero_point, self.float_clip
+
+
 @dataclass(eq=False)
 class Scope:
     """One graph of a model: the main graph, a body of If / Loop / Scan, or a model-local function."""
@@ -159,13 +180,13 @@ class Editor:
         return gs.Constant(name, _Finished(tensor))
 
     def node(
-        self, scope: Scope, op: str, inputs: list[gs.Tensor], name: str, before: gs.Node, **attributes: Any
+        self, scope: Scope, op: str, inputs: list[gs.Tensor], name: str, before: gs.Node | None, **attributes: Any
     ) -> gs.Variable:
-        """A new node in ``scope`` ahead of the node ``before``; its output."""
+        """A new node in ``scope`` ahead of the node ``before``, or behind all; its output."""
         output = gs.Variable(self.unique(name))
         made = gs.Node(op, name=self.unique(f"{name}_{op}"), attrs=attributes, inputs=inputs, outputs=[output])
         nodes = scope.graph.nodes
-        nodes.insert(next(i for i, node in enumerate(nodes) if node is before), made)
+        nodes.insert(next((i for i, node in enumerate(nodes) if node is before), len(nodes)), made)
         return output
 
     def once(self, scope: Scope, make: Callable[[], Any], *asked: Any) -> Any:
@@ -210,41 +231,83 @@ class Editor:
         return self.once(scope, make, "gather", data.name, axis, source.tobytes(), *parts)
 
     def quantized(
-        self,
-        scope: Scope,
-        data: gs.Tensor,
-        step: NDArray[np.float32] | gs.Tensor,
-        limits: tuple[int, int],
-        like: int,
-        before: gs.Node,
+        self, scope: Scope, data: gs.Tensor, grid: DataGrid, like: int, before: gs.Node | None
     ) -> gs.Variable:
-        """``data`` rounded to multiples of ``step`` by QuantizeLinear and DequantizeLinear, with zero point 0.
-
-        The integers are INT8, or UINT8 where ``limits`` say that none is negative; limits that are narrower than the
-        type are held by a Clip of the integers. Layers that ask for the same share the nodes.
+        """``data`` rounded to the points of ``grid`` by QuantizeLinear and DequantizeLinear.
 
         Args:
-            step: (), a constant or a value of the graph.
             like: the element type of ``data``.
+        """
+        return self.floats(scope, self.integers(scope, data, grid, like, before), grid, like, before)
+
+    def integers(self, scope: Scope, data: gs.Tensor, grid: DataGrid, like: int, before: gs.Node | None) -> gs.Variable:
+        """``data`` as integers on ``grid``; limits that are narrower than the type are held by a Clip of the integers.
+
+        Layers that ask for the same share the nodes, here and in :meth:`floats`.
         """
 
         def make() -> gs.Variable:
-            kind = np.uint8 if limits[0] == 0 else np.int8
-            name = data.name
-            scale = step if isinstance(step, gs.Tensor) else self.constant(scope, f"{name}.scale", step)
-            zero = self.constant(scope, f"{name}.zero_point", np.zeros((), kind))
+            name, (low, high) = data.name, grid.limits
             values = self.cast(scope, data, like, onnx.TensorProto.FLOAT, before)
-            made = self.node(scope, "QuantizeLinear", [values, scale, zero], f"{name}.quantized", before)
-            if limits[1] < np.iinfo(kind).max:
-                ends = [self.constant(scope, f"{name}.limit", np.array(limit, kind)) for limit in limits]
-                made = self.node(scope, "Clip", [made, *ends], f"{name}.clipped", before)
-            made = self.node(scope, "DequantizeLinear", [made, scale, zero], f"{name}.dequantized", before)
+            narrow = high < np.iinfo(grid.kind).max
+            if narrow and grid.float_clip:
+                assert isinstance(grid.step, np.ndarray)
+                ends = [np.array((limit - grid.zero_point) * grid.step, np.float32) for limit in (low, high)]
+                values = self._clip(scope, values, ends, name, before)
+            made = self.node(
+                scope, "QuantizeLinear", [values, *self._scale(scope, name, grid)], f"{name}.quantized", before
+            )
+            if narrow and not grid.float_clip:
+                made = self._clip(scope, made, [np.array(limit, grid.kind) for limit in (low, high)], name, before)
+            return made
+
+        return self.once(scope, make, "integers", data.name, grid.key)
+
+    def _clip(
+        self, scope: Scope, data: gs.Tensor, ends: list[NDArray[Any]], name: str, before: gs.Node | None
+    ) -> gs.Variable:
+        limits = [self.constant(scope, f"{name}.limit", end) for end in ends]
+        return self.node(scope, "Clip", [data, *limits], f"{name}.clipped", before)
+
+    def floats(
+        self, scope: Scope, integers: gs.Tensor, grid: DataGrid, like: int, before: gs.Node | None
+    ) -> gs.Variable:
+        """The values that ``integers`` on ``grid`` stand for, in the element type ``like``."""
+
+        def make() -> gs.Variable:
+            name = integers.name
+            made = self.node(
+                scope, "DequantizeLinear", [integers, *self._scale(scope, name, grid)], f"{name}.dequantized", before
+            )
             return self.cast(scope, made, onnx.TensorProto.FLOAT, like, before)
 
-        asked = step.name if isinstance(step, gs.Tensor) else step.tobytes()
-        return self.once(scope, make, "quantized", data.name, asked, limits)
+        return self.once(scope, make, "floats", integers.name, grid.key, like)
 
-    def cast(self, scope: Scope, data: gs.Tensor, held: int, wanted: int, before: gs.Node) -> gs.Tensor:
+    def _scale(self, scope: Scope, name: str, grid: DataGrid) -> list[gs.Tensor]:
+        """The scale and the zero point of ``grid``; all nodes on it share them."""
+
+        def make() -> list[gs.Tensor]:
+            step = grid.step
+            scale = step if isinstance(step, gs.Tensor) else self.constant(scope, f"{name}.scale", step)
+            return [scale, self.constant(scope, f"{name}.zero_point", np.array(grid.zero_point, grid.kind))]
+
+        return self.once(scope, make, "scale", grid.key)
+
+    def intercept(self, tensor: gs.Tensor) -> gs.Variable:
+        """A new value that the maker of ``tensor`` makes in its place, so that another node can make ``tensor``."""
+        (maker,) = tensor.inputs
+        maker.name = maker.name or tensor.name
+        value = gs.Variable(self.unique(f"{tensor.name}.float"))
+        maker.outputs[[out is tensor for out in maker.outputs].index(True)] = value
+        return value
+
+    def after(self, scope: Scope, node: gs.Node) -> gs.Node | None:
+        """The node that stands behind ``node``; none if it is the last."""
+        nodes = scope.graph.nodes
+        at = next(i for i, other in enumerate(nodes) if other is node) + 1
+        return nodes[at] if at < len(nodes) else None
+
+    def cast(self, scope: Scope, data: gs.Tensor, held: int, wanted: int, before: gs.Node | None) -> gs.Tensor:
         """``data`` of element type ``held`` as ``wanted``."""
         if held == wanted:
             return data

@@ -1,5 +1,7 @@
 """The integer types of ONNX, and what reads them."""
 
+from collections.abc import Collection
+
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -14,9 +16,9 @@ PER_CHANNEL_SINCE = 13
 """The first opset in which DequantizeLinear takes one scale for each channel."""
 
 
-def narrowest(bits: int) -> int:
+def narrowest(bits: int, among: Collection[int] = tuple(TYPES)) -> int:
     """The width of the smallest type that holds ``bits`` bits."""
-    return next(width for width in sorted(TYPES) if width >= bits)
+    return next(width for width in sorted(among) if width >= bits)
 
 
 def needed_opset(width: int, per_channel: bool) -> int:

@@ -109,6 +109,11 @@ class Place:
         """The constant behind input ``index``, or why there is none."""
         return constant_behind(self.node.inputs[index], self)
 
+    def values(self, index: int) -> NDArray[Any] | None:
+        """The values of input ``index`` if it is a constant of any type."""
+        proto = _tensor_of(self.node.inputs[index])
+        return None if proto is None else self.model.read(proto)
+
     def integer(self, attribute: str, default: int) -> int:
         value = self.node.attrs.get(attribute, default)
         if isinstance(value, gs.Node.AttributeRef):

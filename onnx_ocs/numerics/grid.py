@@ -32,6 +32,21 @@ class Grid:
         return np.where(step > 0, np.maximum(step, np.finfo(np.float32).tiny), np.float32(1))
 
 
+def affine(low: float, high: float, bits: int) -> tuple[NDArray[np.float32], int]:
+    """The step and the zero point of ``2^bits`` points from ``low`` to ``high`` at the most, of which one is zero.
+
+    A value ``x`` is the integer ``round(x / step) + zero_point``, from 0 to ``2^bits - 1``.
+    """
+    levels = 2**bits - 1
+    low, high = min(low, 0.0), max(high, 0.0)
+    step = np.float32((high - low) / levels)
+    if float(step) * levels > high - low:  # a runtime drops the Clip before a grid that lies within its bounds
+        step = np.nextafter(step, np.float32(0))
+    if step < np.finfo(np.float32).tiny:
+        return np.array(1, np.float32), 0
+    return np.array(step, np.float32), int(np.clip(np.floor(-low / float(step) + 0.5), 0, levels))
+
+
 def nearest(values: NDArray[np.floating], step: NDArray[np.float32]) -> NDArray[np.float64]:
     """``floor(values / step + 1/2)``, in float64 so that the quotient is that of the stored step."""
     scaled = np.divide(values, step, dtype=np.float64)

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnx_ocs.graph.editor import Editor
+from onnx_ocs.graph.editor import DataGrid, Editor
 from onnx_ocs.graph.layers import Layer
 from onnx_ocs.graph.observe import Observed
 from onnx_ocs.numerics.grid import Grid
@@ -26,6 +26,22 @@ ARRANGING = {"Identity", "Cast", "Transpose", "Pad", "Add", "Sub", "Mul", "Div",
 """Operators that prepare an input, and pass its channels on."""
 
 
+Reader = tuple[gs.Node, int]
+"""A node and which of its inputs."""
+
+
+@dataclass(frozen=True, eq=False)
+class TensorPlan:
+    """A tensor that is quantized where it is made, and not only in front of one layer."""
+
+    tensor: gs.Tensor
+    observed: Observed
+    made: bool  # by an integer kernel, so that all that read it read the quantized one
+    readers: tuple[Reader, ...]  # of the quantized tensor, besides layers, where float ones may read it as well
+    together: str  # equal for tensors with one scale
+    grid: DataGrid | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class ActivationPlan:
     """What was decided for the data of one layer."""
@@ -36,6 +52,7 @@ class ActivationPlan:
     by_batch: int | None = None  # channels that the graph itself splits for each batch; none: the plan is static
     threshold: float | None = None
     step: NDArray[np.float32] | None = None  # ()
+    zero_point: int = 0
     step_of_batch: gs.Tensor | None = None  # the value of the graph that is the step instead
     reason: str | None = None  # why no channel is split
 
@@ -70,7 +87,8 @@ class LayerPlan:
     sqnr_db: float | None = None  # of the weight that was written
     activation: ActivationPlan | None = None
     float_data: str | None = None  # why the data stays float
-    reader: tuple[gs.Node, int] | None = None  # the input that the weight is read by, where it is not the layer's
+    reader: Reader | None = None  # the input that the weight is read by, where it is not the layer's
+    gathered: tuple[gs.Tensor, NDArray[np.int64]] | None = None  # what its data is copies of, and of which channels
 
     @property
     def axes(self) -> Axes:
@@ -118,6 +136,7 @@ class Work:
 
     editor: Editor
     plans: list[LayerPlan]
+    tensors: list[TensorPlan] = field(default_factory=list)
     statistics: Mapping[str, Statistics] = field(default_factory=dict)  # of the data of layers, by Observed.key
 
     def values(self, plan: LayerPlan) -> NDArray[Any]:

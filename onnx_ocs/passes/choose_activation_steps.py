@@ -5,11 +5,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from onnx_ocs.graph.editor import DataGrid
 from onnx_ocs.numerics.clip import thresholds
-from onnx_ocs.numerics.grid import Grid
-from onnx_ocs.numerics.split import joined
+from onnx_ocs.numerics.grid import Grid, affine
+from onnx_ocs.numerics.split import SplitPlan, joined
 from onnx_ocs.numerics.statistics import Statistics
-from onnx_ocs.passes.base import ActivationPlan, LayerPlan, Work
+from onnx_ocs.passes.base import ActivationPlan, LayerPlan, TensorPlan, Work
+
+CARRIED_BITS = 8
+"""Of tensors that no layer reads: sums on their way to an activation function, and the like."""
 
 
 @dataclass(frozen=True)
@@ -19,28 +23,69 @@ class ChooseActivationSteps:
     name: ClassVar[str] = "choose-activation-steps"
 
     clip: str = "mse"
+    shifted: bool = False  # tensors that several operators read are on a grid with a zero point
 
     def apply(self, work: Work) -> list[LayerPlan]:
-        chosen: dict[Any, float] = {}
-        return [self._visit(work, plan, chosen) for plan in work.plans]
+        work.tensors = self._tensors(work)
+        placed = {plan.tensor.name: plan for plan in work.tensors}
+        chosen: dict[Any, tuple[float, float]] = {}
+        return [self._visit(work, plan, placed, chosen) for plan in work.plans]
 
-    def _visit(self, work: Work, plan: LayerPlan, chosen: dict[Any, float]) -> LayerPlan:
+    def _tensors(self, work: Work) -> list[TensorPlan]:
+        """Each tensor on the grid that all it shares one with need together."""
+        bits = {plan.layer.data.name: plan.activation.bits for plan in work.plans if plan.activation is not None}
+        seen = work.statistics
+        placed = [plan for plan in work.tensors if plan.observed.key in seen]
+        groups: dict[str, list[TensorPlan]] = {}
+        for plan in placed:
+            groups.setdefault(plan.together, []).append(plan)
+        made: dict[str, DataGrid] = {}
+        for name, members in groups.items():
+            width = min(bits.get(plan.tensor.name, CARRIED_BITS) for plan in members)
+            ends = [self._range(seen[plan.observed.key], None, width, self.shifted) for plan in members]
+            low, high = min(low for low, _ in ends), max(high for _, high in ends)
+            made[name] = self._grid(ActivationPlan(width, unsigned=self.shifted), low, high)
+        return [replace(plan, grid=made[plan.together]) for plan in placed]
+
+    def _visit(
+        self, work: Work, plan: LayerPlan, placed: dict[str, TensorPlan], chosen: dict[Any, tuple[float, float]]
+    ) -> LayerPlan:
         data = plan.activation
         if plan.declined or data is None or data.by_batch is not None:
             return plan
         assert plan.observed is not None
-        tensor = plan.observed.key
-        key = (tensor, data.bits, data.unsigned, *(split.denominator.tobytes() for split in data.splits))
-        if key not in chosen:
-            chosen[key] = self._threshold(work.statistics[tensor], data)
-        grid = self._grid(data)
-        step = grid.step(np.asarray(chosen[key]))
-        return replace(plan, activation=replace(data, threshold=chosen[key], step=step))
-
-    def _threshold(self, seen: Statistics, data: ActivationPlan) -> float:
+        if plan.layer.data.name in placed:
+            return replace(plan, activation=self._placed(data, placed[plan.layer.data.name]))
+        key = (plan.observed.key, data.bits, data.unsigned, *(split.denominator.tobytes() for split in data.splits))
         split = joined(list(data.splits)) if data.splits else None
-        return float(thresholds(seen.histogram(split), self.clip, self._grid(data).bits)[0])
+        if key not in chosen:
+            chosen[key] = self._range(work.statistics[plan.observed.key], split, data.bits, data.unsigned)
+        low, high = chosen[key]
+        grid = self._grid(data, low, high)
+        assert isinstance(grid.step, np.ndarray)
+        made = replace(data, threshold=max(-low, high), step=grid.step, zero_point=grid.zero_point)
+        return replace(plan, activation=made)
 
-    def _grid(self, data: ActivationPlan) -> Grid:
-        """The symmetric grid with the same points from 0 on."""
-        return Grid(data.bits + 1 if data.unsigned else data.bits)
+    def _placed(self, data: ActivationPlan, tensor: TensorPlan) -> ActivationPlan:
+        """The data of a layer that reads a tensor with a grid of its own."""
+        grid = tensor.grid
+        assert grid is not None
+        assert isinstance(grid.step, np.ndarray)
+        threshold = float(max(grid.zero_point, grid.limits[1] - grid.zero_point) * grid.step)
+        return replace(data, unsigned=self.shifted, step=grid.step, zero_point=grid.zero_point, threshold=threshold)
+
+    def _grid(self, data: ActivationPlan, low: float, high: float) -> DataGrid:
+        if data.unsigned:
+            step, zero_point = affine(low, high, data.bits)
+            return DataGrid(step, data.limits, zero_point)
+        return DataGrid(Grid(data.bits).step(np.asarray(max(-low, high))), data.limits)
+
+    def _range(self, seen: Statistics, split: SplitPlan | None, bits: int, affine: bool) -> tuple[float, float]:
+        """The ends of the grid: the threshold on both sides, or less on the side where nothing lies as far out.
+
+        Of data that is never negative all points lie above zero: those of a symmetric grid of one bit more.
+        """
+        one_sided = affine and seen.is_nonnegative
+        threshold = float(thresholds(seen.histogram(split), self.clip, bits + 1 if one_sided else bits)[0])
+        low, high = (float(seen.low.min()), float(seen.high.max())) if affine else (-threshold, threshold)
+        return max(low, -threshold), min(high, threshold)

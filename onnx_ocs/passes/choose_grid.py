@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from onnx_ocs.graph.integers import PER_CHANNEL_SINCE, narrowest, needed_opset
+from onnx_ocs.graph.integers import PER_CHANNEL_SINCE, TYPES, narrowest, needed_opset
 from onnx_ocs.passes.base import FIRST_LAYER_BITS, LayerPlan, Work, is_first
 
 
@@ -16,7 +16,7 @@ class ChooseGrid:
     bits: int = 8
     per_channel: bool = True
     first: str = "int8"
-    narrow: bool = True  # INT4 and INT2 where they suffice and the opset has them, or INT8 always
+    containers: frozenset[int] = frozenset(TYPES)  # bits of the integer types that there may be
     stored: bool = True  # or the weights stay float, and only the step counts
 
     def apply(self, work: Work) -> list[LayerPlan]:
@@ -44,7 +44,7 @@ class ChooseGrid:
         return FIRST_LAYER_BITS if self.first == "int8" and is_first(plan) else self.bits
 
     def _width(self, plan: LayerPlan) -> int:
-        return narrowest(self._bits(plan)) if self.narrow else 8
+        return narrowest(self._bits(plan), self.containers)
 
     def _per_channel(self, plan: LayerPlan) -> bool:
         return self.per_channel and plan.layer.output_axis is not None and not _is_refused(plan)

@@ -26,7 +26,8 @@ class PlanActivations:
     bits: int | None = 8
     ratio: float = 0.0
     by_batch: bool = False
-    unsigned: bool = False
+    unsigned: bool = False  # where no value is negative
+    shifted: bool = False  # unsigned everywhere, with a zero point
     first: str = "int8"
 
     def apply(self, work: Work) -> list[LayerPlan]:
@@ -52,7 +53,7 @@ class PlanActivations:
         seen = work.statistics.get(plan.observed.key)
         if seen is None:
             return replace(plan, float_data=UNCOVERED)
-        unsigned = self.unsigned and seen.is_nonnegative
+        unsigned = self.shifted or (self.unsigned and seen.is_nonnegative)
         splits = () if reason else self._splits(seen, plan)
         return replace(plan, activation=ActivationPlan(bits, unsigned, splits, reason=reason))
 

@@ -1,27 +1,75 @@
-"""Put QuantizeLinear and DequantizeLinear in front of each layer's data."""
+"""Put QuantizeLinear and DequantizeLinear where tensors are made, or in front of each layer's data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from onnx_ocs.passes.base import LayerPlan, Work
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnx_ocs.graph.editor import DataGrid
+from onnx_ocs.passes.base import LayerPlan, TensorPlan, Work
+
+FLOAT = onnx.TensorProto.FLOAT
 
 
 @dataclass(frozen=True)
 class QuantizeActivations:
-    """The pair stands directly at the layer, behind its Gather, where every runtime looks for it."""
+    """A tensor that an integer kernel makes is quantized there, for all that read it.
+
+    Copies of channels are taken from the integers. Where a layer's data is quantized for it alone the pair stands
+    directly at the layer, behind its Gather, where every runtime looks for it.
+    """
 
     name: ClassVar[str] = "quantize-activations"
 
+    gathers_integers: bool = False
+    clips_integers: bool = True
+
     def apply(self, work: Work) -> list[LayerPlan]:
+        placed = {plan.tensor.name: self._place(work, plan) for plan in work.tensors}
         for plan in work.plans:
-            if plan.activation is not None and not plan.declined:
+            if plan.activation is None or plan.declined:
+                continue
+            data = plan.gathered[0] if plan.gathered else plan.layer.data
+            if data.name in placed and (self.gathers_integers or not plan.gathered):
+                self._read(work, plan, *placed[data.name])
+            else:
                 self._visit(work, plan)
         return work.plans
+
+    def _place(self, work: Work, plan: TensorPlan) -> tuple[gs.Variable, DataGrid]:
+        """The integers of a tensor; what reads the quantized tensor, other than layers, reads it from here on."""
+        edit, tensor = work.editor, plan.tensor
+        main, grid = edit.scopes[0], plan.grid
+        assert grid is not None
+        grid = replace(grid, float_clip=not self.clips_integers)
+        if not plan.made:
+            nodes = {id(node): place for place, node in enumerate(main.graph.nodes)}
+            first = min(tensor.outputs, key=lambda node: nodes[id(node)])
+            integers = edit.integers(main, tensor, grid, FLOAT, first)
+            for node, index in plan.readers:
+                edit.rewire(node, index, edit.floats(main, integers, grid, FLOAT, node))
+            return integers, grid
+        behind = edit.after(main, tensor.inputs[0])
+        integers = edit.integers(main, edit.intercept(tensor), grid, FLOAT, behind)
+        read = edit.floats(main, integers, grid, FLOAT, behind)
+        read.inputs[0].outputs[0] = tensor
+        return integers, grid
+
+    def _read(self, work: Work, plan: LayerPlan, integers: gs.Variable, grid: DataGrid) -> None:
+        """Let a layer read a tensor that is quantized already, by way of its Gather if it has one."""
+        edit, layer = work.editor, plan.layer
+        if plan.gathered is not None:
+            integers = edit.gather(layer.scope, integers, plan.gathered[1], layer.data_axis, layer.node)
+        elif any(layer.data is tensor.tensor and tensor.made for tensor in work.tensors):
+            return
+        edit.rewire(layer.node, layer.data_input, edit.floats(layer.scope, integers, grid, FLOAT, layer.node))
 
     def _visit(self, work: Work, plan: LayerPlan) -> None:
         layer, data = plan.layer, plan.activation
         assert data is not None
         step = data.step_of_batch if data.step is None else data.step
         assert step is not None
-        read = work.editor.quantized(layer.scope, layer.data, step, data.limits, layer.weight.data_type, layer.node)
+        grid = DataGrid(step, data.limits, data.zero_point, not self.clips_integers)
+        read = work.editor.quantized(layer.scope, layer.data, grid, layer.weight.data_type, layer.node)
         work.editor.rewire(layer.node, layer.data_input, read)

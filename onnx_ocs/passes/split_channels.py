@@ -1,6 +1,6 @@
 """Split the planned channels: a Gather in front of the layer, and a float weight with the copies."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,23 +29,24 @@ class SplitChannels:
 
     def apply(self, work: Work) -> list[LayerPlan]:
         made: dict[Any, gs.Tensor] = {}
-        for plan in work.plans:
-            if not plan.declined and plan.static_extra:
-                self._visit(work, plan, made)
-        return work.plans
+        return [
+            self._visit(work, plan, made) if not plan.declined and plan.static_extra else plan for plan in work.plans
+        ]
 
-    def _visit(self, work: Work, plan: LayerPlan, made: dict[Any, gs.Tensor]) -> None:
+    def _visit(self, work: Work, plan: LayerPlan, made: dict[Any, gs.Tensor]) -> LayerPlan:
         layer, edit = plan.layer, work.editor
         kind = numpy_type(layer.weight.data_type)
         source, gain, offset = self._data(plan)
         shares = (None if part is None else part.astype(kind) for part in (gain, offset))
-        gathered = edit.gather(layer.scope, layer.data, source, layer.data_axis, layer.node, *shares)
+        data = layer.data
+        gathered = edit.gather(layer.scope, data, source, layer.data_axis, layer.node, *shares)
         edit.rewire(layer.node, layer.data_input, gathered)
         if plan.key not in made:
             made[plan.key] = edit.constant(
                 layer.weight.home, f"{layer.weight.tensor.name}.split", tensor=self._tensor(work, plan)
             )
         edit.rewire(layer.node, layer.weight_input, made[plan.key])
+        return plan if gain is not None else replace(plan, gathered=(data, source))
 
     def _data(self, plan: LayerPlan) -> tuple[NDArray[np.int64], NDArray[Any] | None, NDArray[Any] | None]:
         """Which channel of the source each channel of the data copies, its share, and what is added to it."""

@@ -29,17 +29,32 @@ class Target:
     moves: frozenset[str] = frozenset()
     """Operators that only move values: the output has the scale of the input."""
 
-    one_scale: frozenset[str] = frozenset()
-    """Operators whose inputs and output have one scale together."""
-
     absorbed: frozenset[str] = frozenset()
     """Activation functions that vanish in the quantization behind them."""
 
+    integer_bias: frozenset[str] = frozenset()
+    """Layers whose bias has to be INT32; that of others stays float."""
+
     skips: frozenset[str] = frozenset()
-    """Operators of which only the inputs that no layer makes are quantized (a residual Add)."""
+    """Operators of which one input is quantized: that made first, if a layer makes the other (residual Add)."""
 
     containers: frozenset[int] = frozenset({8, 4, 2})
     """Bits of the integer types of weights."""
+
+    integer_containers: frozenset[int] = frozenset({8, 4, 2})
+    """Those of weights that its integer kernels take, where the data is quantized as well."""
+
+    gathers_integers: bool = False
+    """Whether copies of channels are taken from the integers, or from the floats in front of them."""
+
+    clips_integers: bool = True
+    """Whether a grid narrower than its type is held by a Clip of the integers, or by one of the floats."""
+
+    constant_scales: bool = False
+    """Whether scales that the graph computes are refused."""
+
+    symmetric: bool = False
+    """Whether unsigned data and zero points are refused."""
 
     channel_multiple: int = 1
     """The number of channels of data of which the integer kernels want a multiple."""

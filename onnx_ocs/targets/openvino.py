@@ -8,6 +8,8 @@ TARGET = Target(
     unsigned=True,
     skips=frozenset({"Add"}),
     containers=frozenset({8, 4}),  # INT2 is refused
+    integer_containers=frozenset({8, 4}),
+    gathers_integers=True,
     channel_multiple=4,
     rules=(*VALID, "int2", "int4-odd"),
 )

@@ -12,6 +12,9 @@ TARGET = Target(
         {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather", "Resize"}
     ),
     absorbed=frozenset({"Relu", "Clip"}),
+    integer_bias=frozenset({"Gemm"}),
+    integer_containers=frozenset({8}),  # others stay behind a DequantizeLinear
+    gathers_integers=True,
     channel_multiple=4,
     rules=(
         *VALID,

@@ -8,9 +8,12 @@ from onnx_ocs.targets.base import VALID, Target
 TARGET = Target(
     name="tensorrt",
     summary="NVIDIA TensorRT: symmetric INT8 at the inputs of layers and at the skip branch of a residual Add",
-    one_scale=frozenset({"Concat"}),
     skips=frozenset({"Add"}),
     containers=frozenset({8}),  # INT4 in blocks only
+    integer_containers=frozenset({8}),
+    clips_integers=False,
+    constant_scales=True,
+    symmetric=True,
     channel_multiple=32,
     rules=(
         *VALID,

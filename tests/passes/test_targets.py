@@ -1,0 +1,202 @@
+"""Where each target's rules put QuantizeLinear and DequantizeLinear, and what onnxruntime makes of it."""
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnxruntime as ort
+import pytest
+from operators import HEAD
+
+from onnx_ocs import quantize
+from onnx_ocs.targets import TARGETS
+
+NETWORK = f"""{HEAD} g (float[N,3,16,16] x) => (float[N,10] logits, float[N,16,8,8] features) {{
+    c1 = Conv <pads=[1,1,1,1]> (x, w1, b1)
+    r1 = Relu (c1)
+    p1 = MaxPool <kernel_shape=[2,2], strides=[2,2]> (r1)
+    c2 = Conv <pads=[1,1,1,1]> (p1, w2)
+    c3 = Conv (p1, w3)
+    a1 = Add (c2, p1)
+    r2 = Relu (a1)
+    k1 = Concat <axis=1> (r2, c3)
+    c4 = Conv (k1, w4, b4)
+    features = Clip (c4, zero, six)
+    g1 = GlobalAveragePool (features)
+    f1 = Flatten (g1)
+    h1 = Gemm <transB=1> (f1, w5, b5)
+    h2 = Relu (h1)
+    logits = Gemm (h2, w6)
+}}"""
+WEIGHTS = {
+    "w1": (8, 3, 3, 3),
+    "b1": (8,),
+    "w2": (8, 8, 3, 3),
+    "w3": (8, 8, 1, 1),
+    "w4": (16, 16, 1, 1),
+    "b4": (16,),
+    "w5": (12, 16),
+    "b5": (12,),
+    "w6": (12, 10),
+}
+LAYERS = {"Conv": 4, "Gemm": 2}
+
+
+def network():
+    model = onnx.parser.parse_model(NETWORK)
+    rng = np.random.default_rng(3)
+    for name, shape in WEIGHTS.items():
+        values = (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]) or 1)).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    for name, value in (("zero", 0.0), ("six", 6.0)):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(value), name))
+    onnx.checker.check_model(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).standard_normal((32, 3, 16, 16)).astype(np.float32)
+
+
+def made(images, **options):
+    common = {"bits": 7, "ratio": 0.1, "first": "same", "act_clip": "none"}
+    return quantize(network(), calibrate=images, **{**common, **options})
+
+
+def session(model, optimized=None, optimize=True):
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def integer_operators(model, folder):
+    session(model, folder / "optimized.onnx")
+    return Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
+
+
+def makers(model):
+    return {output: node for node in model.graph.node for output in node.output}
+
+
+def layer_inputs(model):
+    """For each layer the operators that its data comes through, up to the first that is none of quantization."""
+    by_output, found = makers(model), []
+    for node in model.graph.node:
+        if node.op_type in LAYERS:
+            chain, name = [], node.input[0]
+            while name in by_output and by_output[name].op_type in (
+                "QuantizeLinear",
+                "DequantizeLinear",
+                "Gather",
+                "Clip",
+            ):
+                chain.append(by_output[name].op_type)
+                name = by_output[name].input[0]
+            found.append(chain)
+    return found
+
+
+def scales(model, op):
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    return [(values[node.input[1]], values[node.input[2]]) for node in model.graph.node if node.op_type == op]
+
+
+@pytest.mark.parametrize("act_bits", [8, 6])
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_outputs_stay(target, act_bits, images):
+    result = made(images, target=target, act_bits=act_bits)
+    wanted = session(network()).run(None, {"x": images})
+    for optimize in (True, False):
+        found = session(result.model, optimize=optimize).run(None, {"x": images})
+        for before, after in zip(wanted, found, strict=True):
+            noise = np.square(before - after).sum() / np.square(before).sum()
+            assert -10 * np.log10(noise) > (22 if act_bits == 8 else 15)
+
+
+@pytest.mark.parametrize("ratio", [0, 0.1])
+@pytest.mark.parametrize("act_bits", [8, 5])
+def test_onnxruntime_runs_integer_kernels_only(ratio, act_bits, images, tmp_path):
+    operators = integer_operators(made(images, target="ort", ratio=ratio, act_bits=act_bits).model, tmp_path)
+    assert operators["QLinearConv"] == LAYERS["Conv"]
+    assert operators["QGemm"] == LAYERS["Gemm"]
+    assert operators["QLinearAdd"] == 1
+    assert operators["QLinearConcat"] == 1
+    assert operators["QLinearGlobalAveragePool"] == 1
+    assert operators["QuantizeLinear"] == 1
+    assert not {"Relu", "Conv", "Gemm", "Concat", "GlobalAveragePool"} & set(operators)
+
+
+def test_a_result_in_the_middle_keeps_its_name(images):
+    result = made(images, target="ort")
+    assert [value.name for value in result.model.graph.output] == ["logits", "features"]
+    assert makers(result.model)["features"].op_type == "DequantizeLinear"
+
+
+def test_copies_are_taken_from_the_integers_of_unsigned_targets(images):
+    for target in ("ort", "openvino"):
+        chains = layer_inputs(made(images, target=target).model)
+        assert {"Gather"} < {name for chain in chains for name in chain}
+        assert all(
+            chain in (["DequantizeLinear", "QuantizeLinear"], ["DequantizeLinear", "Gather", "QuantizeLinear"])
+            for chain in chains
+        )
+
+
+@pytest.mark.parametrize("act_bits", [8, 5])
+def test_tensorrt_quantizes_the_inputs_of_layers_and_the_skip_branch(act_bits, images):
+    model = made(images, target="tensorrt", act_bits=act_bits).model
+    by_output = makers(model)
+    for chain in layer_inputs(model):
+        assert chain[:2] == ["DequantizeLinear", "QuantizeLinear"]
+    for _, zero_point in scales(model, "QuantizeLinear"):
+        assert zero_point.dtype == np.int8
+        assert zero_point == 0
+    (add,) = [node for node in model.graph.node if node.op_type == "Add"]
+    assert by_output[add.input[0]].op_type == "Conv"
+    assert by_output[add.input[1]].op_type == "DequantizeLinear"
+    (relu, *_) = [node for node in model.graph.node if node.op_type == "Relu" and node.output[0] == "r1"]
+    assert by_output[relu.input[0]].op_type == "Conv"
+    assert {tensor.data_type for tensor in model.graph.initializer} <= {
+        onnx.TensorProto.FLOAT,
+        onnx.TensorProto.INT8,
+        onnx.TensorProto.INT64,
+    }
+
+
+def test_data_that_is_never_negative_has_the_zero_point_zero(images):
+    model = made(images, target="ort").model
+    of_x, *others = [(node.input[0], node) for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    points = dict(zip([of_x[0], *(name for name, _ in others)], scales(model, "QuantizeLinear"), strict=True))
+    assert points["x"][1] > 0
+    assert points["r1.float"][1] == points["features.float"][1] == 0
+    assert points["c2.float"][1] > 0
+
+
+def test_what_only_moves_values_keeps_the_scale(images):
+    model = made(images, target="ort").model
+    points = {node.input[0]: node.input[1] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    assert points["r1.float"] == points["p1.float"]
+
+
+@pytest.mark.parametrize("options", [{"act_split": "dynamic", "act_bits": 8}, {"act_unsigned": True}])
+def test_tensorrt_refuses_what_it_cannot_read(options, images):
+    with pytest.raises(ValueError, match="target tensorrt refuses"):
+        quantize(network(), target="tensorrt", **options)
+
+
+def test_narrow_weights_go_where_the_target_has_a_type_for_them(images):
+    wanted = {"ort": "INT8", "tensorrt": "INT8", "openvino": "INT4", "generic": "INT4"}
+    for target, kind in wanted.items():
+        model = made(images, target=target, bits=4, min_sqnr=-30).model
+        kinds = {
+            onnx.TensorProto.DataType.Name(tensor.data_type)
+            for tensor in model.graph.initializer
+            if tensor.name.endswith(".integers")
+        }
+        assert kinds - {"INT32"} == {kind}
