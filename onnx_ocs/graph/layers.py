@@ -111,7 +111,7 @@ class Place:
 
     def values(self, index: int) -> NDArray[Any] | None:
         """The values of input ``index`` if it is a constant of any type."""
-        proto = _tensor_of(self.node.inputs[index])
+        proto = tensor_of(self.node.inputs[index])
         return None if proto is None else self.model.read(proto)
 
     def integer(self, attribute: str, default: int) -> int:

@@ -9,7 +9,7 @@ from onnx_ocs.errors import RuntimeFailed
 from onnx_ocs.graph.layers import name_of
 from onnx_ocs.graph.model import Model
 from onnx_ocs.graph.quantized import Wiring
-from onnx_ocs.rules import formats, ort, tensorrt  # noqa: F401 - they register their rules
+from onnx_ocs.rules import formats, ort, runtime, tensorrt  # noqa: F401 - they register their rules
 from onnx_ocs.rules.base import RULES, Finding, Problem, Rule, View, op_of
 from onnx_ocs.rules.kernels import choose_kernels
 from onnx_ocs.targets.base import Target

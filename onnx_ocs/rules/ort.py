@@ -18,13 +18,6 @@ from onnx_ocs.rules.formats import lowest
 ACTIVATIONS = frozenset({"Relu", "Clip"})
 
 
-@rule("loads", "error")
-def loads(view: View) -> Iterator[Problem]:
-    """onnxruntime loads the model; it is asked in a process of its own, which may crash."""
-    if view.refused is not None:
-        yield Problem(None, f"onnxruntime does not load it: {view.refused}", "mend what the message names")
-
-
 @rule("written-zero-point", "warning")
 def written_zero_point(view: View) -> Iterator[Problem]:
     """The zero point of INT8 is written even where it is 0 (onnxruntime#28491; without it ONNX means UINT8)."""
@@ -250,7 +243,10 @@ def conv_transpose(view: View) -> Iterator[Problem]:
 
 @rule("partly", "warning", explains=True)
 def partly(view: View) -> Iterator[Problem]:
-    """Add, Mul, Concat, pooling and activations compute on integers where all inputs and the output are quantized."""
+    """Add, Mul, Concat, pooling and activations compute on integers where all inputs and the output are quantized.
+
+    At the end of a model a float output is worth more than a kernel on integers: that is a note.
+    """
     for place in view.nodes(view.target.computes):
         node = place.node
         given = [tensor for tensor in node.inputs if tensor.name]
@@ -259,10 +255,24 @@ def partly(view: View) -> Iterator[Problem]:
         if not any(dequantized) or (all(dequantized) and quantized):
             continue
         left = [f"input {index}" for index, known in enumerate(dequantized) if not known]
+        last = not left and _ends(view, node.outputs[0])
         left += [] if quantized else ["the output"]
         yield Problem(
-            place, f"{' and '.join(left)} {'is' if len(left) == 1 else 'are'} float", "quantize all of them, or none"
+            place,
+            f"{' and '.join(left)} {'is' if len(left) == 1 else 'are'} float",
+            "quantize all of them, or none",
+            "note" if last else None,
         )
+
+
+def _ends(view: View, tensor: gs.Tensor) -> bool:
+    """Whether ``tensor`` is an output of the model, but for nodes that only move it."""
+    while not view.wiring.is_output(tensor):
+        reader = view.wiring.sole_reader(tensor)
+        if reader is None or reader.op not in view.target.moves:
+            return False
+        tensor = reader.outputs[0]
+    return True
 
 
 @rule("moved-scale", "warning")
@@ -309,43 +319,6 @@ def _repeats(view: View, gather: gs.Node) -> bool:
     """Whether a Gather takes known channels of data."""
     indices = view.wiring.value(gather.inputs[1])
     return indices is not None and indices.ndim == 1 and not view.wiring.is_constant(gather.inputs[0])
-
-
-@rule("float-kernel", "warning")
-def float_kernel(view: View) -> Iterator[Problem]:
-    """What is quantized becomes an integer kernel; here it did not, and no other rule says why (optimized model)."""
-    if view.kernels is None:
-        return
-    for layer in view.quantized_layers:
-        kernel = view.kernels.of(layer.node)
-        if kernel is not None and not kernel.on_integers and id(layer.node) not in view.explained:
-            yield Problem(
-                layer.place,
-                f"onnxruntime keeps it float ({kernel.op})",
-                "compare its quantization with that of layers that become integer kernels",
-            )
-
-
-@rule("saturation", "warning")
-def saturation(view: View) -> Iterator[Problem]:
-    """On x86 CPUs without VNNI no sum of two products of UINT8 data and INT8 weights exceeds 16 bits.
-
-    The kernels saturate there, in silence (numerics/saturation.py). Whether they can is decided by the weights that
-    they got and by the range of the data; what the data really is may never reach it.
-    """
-    if view.kernels is None:
-        return
-    for place in view.wiring.places:
-        kernel = view.kernels.of(place.node)
-        sums = None if kernel is None else view.kernels.pairs(kernel)
-        if sums is not None and sums.saturates.any():
-            yield Problem(
-                place,
-                f"{int(sums.saturates.sum())} of {len(sums.saturates)} outputs can saturate 16 bits on x86 CPUs "
-                f"without VNNI: two products add up to {int(sums.worst.max())}",
-                "use 7-bit weights (--bits 7), or set session.x64quantprecision = 1 where it runs; ignore this rule if "
-                "every CPU has VNNI",
-            )
 
 
 def _candidates(view: View) -> Iterator[MatrixNode]:

@@ -62,6 +62,11 @@ def test_every_rule_says_what_it_looks_for_and_some_target_uses_it():
     assert set(RULES) == {name for target in TARGETS.values() for name in target.rules}
 
 
+def test_every_rule_is_documented(models):
+    text = (models.parent / "docs" / "lint.md").read_text()
+    assert [name for name in RULES if f"`{name}`" not in text] == []
+
+
 def test_a_clean_model_ends_in_status_0(command, clean):
     status, out, err = command("--target", "tensorrt", clean)
     assert (status, err) == (0, "")

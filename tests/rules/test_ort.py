@@ -315,7 +315,8 @@ def test_rules_work_where_onnxruntime_is_not_asked(rule):
                 """g (float[1,16,6,6] x) => (float[1,16,6,6] y) {
                 q = QuantizeLinear(x, s, h)
                 d = DequantizeLinear(q, s, h)
-                y = Sigmoid(d) }"""
+                a = Sigmoid(d)
+                y = Neg(a) }"""
             ),
         ),
     ],
@@ -339,6 +340,19 @@ def test_names_need_not_differ():
     for node in model.graph.node:
         node.name = "same"
     assert [layer.kernel for layer in lint(model, target="ort").kernels] == ["QLinearConv"]
+
+
+def test_the_last_node_may_write_float():
+    model = qdq_model(
+        """g (float[1,16,6,6] x) => (float[1,16] y) {
+        q = QuantizeLinear(x, s, h)
+        d = DequantizeLinear(q, s, h)
+        p = GlobalAveragePool(d)
+        y = Flatten(p) }"""
+    )
+    outcome = lint(model, target="ort")
+    assert outcome.passed
+    assert [(found.rule, found.node, found.severity) for found in outcome.findings] == [("partly", "p", "note")]
 
 
 def test_weights_alone_are_a_choice_and_noted():
