@@ -14,13 +14,14 @@ from onnx_ocs.errors import (
 )
 
 if TYPE_CHECKING:
-    from onnx_ocs.api import CheckOutcome, Result, check, inspect, quantize, split
+    from onnx_ocs.api import CheckOutcome, LintOutcome, Result, check, inspect, lint, quantize, split
 
 __all__ = [
     "BadRecipe",
     "BadSamples",
     "CannotWrite",
     "CheckOutcome",
+    "LintOutcome",
     "OcsError",
     "Result",
     "RuntimeFailed",
@@ -29,6 +30,7 @@ __all__ = [
     "__version__",
     "check",
     "inspect",
+    "lint",
     "quantize",
     "split",
 ]

@@ -1,7 +1,7 @@
-"""The functions of the package: quantize, split, check, inspect."""
+"""The functions of the package: quantize, split, check, inspect, lint."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,10 @@ from onnx_ocs.graph.hints import table_lengths
 from onnx_ocs.graph.model import Model
 from onnx_ocs.graph.samples import Samples
 from onnx_ocs.recipe import Recipe, stored_recipe
+from onnx_ocs.rules import LayerKernel, find_violations
+from onnx_ocs.rules.base import Finding
 from onnx_ocs.run import Calibration, Source
+from onnx_ocs.targets import TARGETS
 
 
 @dataclass(frozen=True)
@@ -211,6 +214,54 @@ def inspect(
     ``range`` (the largest share after splitting relative to the largest weight) for layers that are not declined.
     """
     return pipeline.survey(source, resolve(options, preset, recipe, calibrated=True))
+
+
+@dataclass(frozen=True)
+class LintOutcome:
+    """Where a model breaks the rules of a target."""
+
+    passed: bool  # nothing worse than a note
+    findings: list[Finding]
+    kernels: list[LayerKernel]  # what onnxruntime made of each quantized layer, for targets that it runs
+
+    def count(self, severity: str) -> int:
+        return sum(finding.severity == severity for finding in self.findings)
+
+
+def lint(
+    source: Source,
+    target: str,
+    *,
+    ignore: Iterable[str] = (),
+    errors_only: bool = False,
+    run: bool = True,
+    timeout: float = child.TIMEOUT,
+) -> LintOutcome:
+    """Look for what a runtime refuses, computes wrongly, or leaves float in a quantized model (QDQ format) of any tool.
+
+    Args:
+        target: ``generic``, ``ort``, ``tensorrt`` or ``openvino``.
+        ignore: rules to leave out.
+        errors_only: look for errors alone, not for what is slow or wrong on some machines only.
+        run: whether onnxruntime is asked which kernels it chooses, for ``ort``.
+        timeout: seconds that it may take.
+
+    Raises:
+        OcsError: the model cannot be used.
+        ValueError: there is no such target or rule.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, not {target!r}")
+    rules, ignored = TARGETS[target].rules, set(ignore)
+    if unknown := sorted(ignored.difference(rules)):
+        raise ValueError(f"target {target} has the rules {', '.join(rules)}, not {unknown[0]!r}")
+    model = Model.load(source)
+    with files.workplace(None) as folder:
+        chosen = [name for name in rules if name not in ignored]
+        findings, kernels = find_violations(model, TARGETS[target], chosen, folder if run else None, timeout)
+    if errors_only:
+        findings = [finding for finding in findings if finding.severity == "error"]
+    return LintOutcome(all(finding.severity == "note" for finding in findings), findings, kernels)
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -21,8 +21,13 @@ Report = Callable[[str], None]
 """The child says what it is at, so that a crash has a place."""
 
 
-def call(module: str, request: dict[str, Any], timeout: float = TIMEOUT) -> dict[str, Any]:
+def call(
+    module: str, request: dict[str, Any], timeout: float = TIMEOUT, without: str = "--no-verify does without it"
+) -> dict[str, Any]:
     """The answer of ``python -m module`` to ``request``; both are plain data.
+
+    Args:
+        without: what to do where it crashes.
 
     Raises:
         OcsError: what the child raised.
@@ -39,10 +44,10 @@ def call(module: str, request: dict[str, Any], timeout: float = TIMEOUT) -> dict
         except subprocess.TimeoutExpired:
             raise RuntimeFailed(
                 f"{_stage(where)}: onnxruntime did not end within {timeout:.0f} s; give fewer or smaller samples, or "
-                "more time (--verify-timeout)"
+                "more time (--verify-timeout; --timeout of check and lint)"
             ) from None
         if not answered.exists():
-            raise RuntimeFailed(f"{_stage(where)}: onnxruntime crashed ({_cause(ended)}); --no-verify does without it")
+            raise RuntimeFailed(f"{_stage(where)}: onnxruntime crashed ({_cause(ended)}); {without}")
         answer: dict[str, Any] = json.loads(answered.read_text())
     if "error" in answer:
         kinds = {kind.__name__: kind for kind in (BadSamples, RuntimeFailed, UnsupportedModel)}

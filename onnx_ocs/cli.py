@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +22,7 @@ from onnx_ocs.child import TIMEOUT
 from onnx_ocs.errors import OcsError, RuntimeFailed, VerificationFailed
 from onnx_ocs.numerics.clip import clip_names
 from onnx_ocs.recipe import BITS, CHOICES, PRESETS, Recipe
+from onnx_ocs.targets import TARGETS
 
 DONE, FAILED, USAGE, UNUSABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
@@ -28,7 +30,11 @@ DONE, FAILED, USAGE, UNUSABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is returned."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"check": (_check_parser, _check), "inspect": (_inspect_parser, _inspect)}
+    commands = {
+        "check": (_check_parser, _check),
+        "inspect": (_inspect_parser, _inspect),
+        "lint": (_lint_parser, _lint),
+    }
     make, act = commands.get(arguments[0] if arguments else "", (_transform_parser, _transform))
     parser = make()
     options = parser.parse_args(arguments[1:] if make is not _transform_parser else arguments)
@@ -76,7 +82,8 @@ def _transform_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="onnx-ocs",
         usage="\n       ".join(
-            f"onnx-ocs {form} [options]" for form in ("IN OUT", "check REF CANDIDATE", "inspect MODEL")
+            f"onnx-ocs {form} [options]"
+            for form in ("IN OUT", "check REF CANDIDATE", "inspect MODEL", "lint --target T MODEL")
         ),
         description="Split the outlier channels of a trained ONNX model and quantize its weights, without retraining.",
         argument_default=argparse.SUPPRESS,
@@ -416,3 +423,52 @@ def _inspect(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     if not quiet:
         _show(tables.survey(rows) if rows else "no layers with weights")
     return DONE
+
+
+# --- lint ------------------------------------------------------------------------------------------------------------
+
+
+def _lint_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="onnx-ocs lint",
+        description="Where a quantized model (QDQ format, of any tool) breaks the rules of a runtime; exit status 0 if "
+        "there is nothing worse than a note, 1 if there is.",
+    )
+    parser.add_argument("source", metavar="MODEL", type=Path)
+    parser.add_argument("--target", required=True, choices=tuple(TARGETS), help="the runtime")
+    parser.add_argument(
+        "--ignore", type=_words, action="extend", default=[], metavar="RULE,...", help="leave rules out; repeatable"
+    )
+    parser.add_argument("--errors-only", action="store_true", help="no warnings and notes, only errors")
+    parser.add_argument(
+        "--no-run", action="store_false", dest="run", help="do not ask onnxruntime which kernels it chooses (ort)"
+    )
+    parser.add_argument("--timeout", type=_positive, default=TIMEOUT, metavar="S", help="that onnxruntime may take")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="write a test report for CI, one case for each rule")
+    _add_common(parser)
+    return parser
+
+
+def _lint(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    _keep_apart(parser, {"MODEL": options.source}, {"--json": options.json, "--junit": options.junit})
+    chosen = {name: getattr(options, name) for name in ("target", "ignore", "errors_only", "run", "timeout")}
+    with _progress(options.quiet) as progress:
+        progress("lint")
+        try:
+            outcome = api.lint(options.source, **chosen)
+        except ValueError as error:
+            parser.error(str(error))
+    judgement = tables.judgement(outcome, options.target)
+    if options.json:
+        api.write_json(options.json, {"model": str(options.source), "target": options.target, **asdict(outcome)})
+    if options.junit:
+        rules = [name for name in TARGETS[options.target].rules if name not in options.ignore]
+        junit.write_lint(options.junit, str(options.source), outcome, rules)
+    if not options.quiet:
+        if options.verbose and outcome.kernels:
+            _show(tables.kernels(outcome), "")
+        if outcome.findings:
+            _show(tables.findings(outcome), "", tables.remedies(outcome), "")
+        _show(judgement)
+    return DONE if outcome.passed else _complain(f"{options.source}: {judgement}", FAILED)

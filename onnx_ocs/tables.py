@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from onnx_ocs.api import CheckOutcome
+    from onnx_ocs.api import CheckOutcome, LintOutcome
 
 
 def result(report: dict[str, Any], target: Path) -> Table:
@@ -150,3 +150,45 @@ def survey(rows: list[dict[str, Any]]) -> Table:
             row["reason"] or "",
         )
     return table
+
+
+def findings(outcome: "LintOutcome") -> Table:
+    """A row for each finding, the gravest first."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "rule", "node", "op", "what is wrong"):
+        table.add_column(name, overflow="fold")
+    grave = {"error": 0, "warning": 1, "note": 2}
+    for found in sorted(outcome.findings, key=lambda found: grave[found.severity]):
+        table.add_row(found.severity, found.rule, found.node or "(the model)", found.op, found.problem)
+    return table
+
+
+def remedies(outcome: "LintOutcome") -> Table:
+    """What to do, a row for each rule and remedy."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("rule", "what to do"):
+        table.add_column(name, overflow="fold")
+    for rule, remedy in dict.fromkeys((found.rule, found.remedy) for found in outcome.findings):
+        table.add_row(rule, remedy)
+    return table
+
+
+def kernels(outcome: "LintOutcome") -> Table:
+    """What onnxruntime made of each quantized layer."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("layer", "op", "kernel", ""):
+        table.add_column(name, overflow="fold")
+    for layer in outcome.kernels:
+        table.add_row(layer.node, layer.op, layer.kernel, "integers" if layer.on_integers else "float")
+    return table
+
+
+def judgement(outcome: "LintOutcome", target: str) -> str:
+    """How many findings there are, and how many layers compute on integers."""
+    counts = [(outcome.count(severity), severity) for severity in ("error", "warning", "note")]
+    told = ", ".join(f"{count} {severity}{'s' if count > 1 else ''}" for count, severity in counts if count)
+    line = f"{'passed' if outcome.passed else 'failed'} for {target}: {told or 'no violations'}"
+    if outcome.kernels:
+        line += f"; {sum(layer.on_integers for layer in outcome.kernels)} of {len(outcome.kernels)} quantized layers "
+        line += "compute on integers"
+    return line

@@ -111,7 +111,7 @@ class Place:
 
     def values(self, index: int) -> NDArray[Any] | None:
         """The values of input ``index`` if it is a constant of any type."""
-        proto = _tensor_of(self.node.inputs[index])
+        proto = tensor_of(self.node.inputs[index])
         return None if proto is None else self.model.read(proto)
 
     def integer(self, attribute: str, default: int) -> int:
@@ -266,7 +266,7 @@ def _layer(place: Place, weight: Weight, weight_input: int, data_input: int, **a
 def constant_behind(tensor: gs.Tensor, place: Place) -> Weight | str:
     """The constant that ``tensor`` is, or is made of by nodes that only arrange it; else why there is none."""
     through: list[Arranged] = []
-    while (source := _tensor_of(tensor)) is None:
+    while (source := tensor_of(tensor)) is None:
         if isinstance(tensor, gs.Constant):
             return "its weight is a constant of no tensor"
         if not tensor.inputs:
@@ -293,7 +293,7 @@ def constant_behind(tensor: gs.Tensor, place: Place) -> Weight | str:
     return replace(weight, shape=weight.read(place.model, cast=False).shape)
 
 
-def _tensor_of(tensor: gs.Tensor) -> onnx.TensorProto | None:
+def tensor_of(tensor: gs.Tensor) -> onnx.TensorProto | None:
     """The proto of an initializer or of the value of a Constant node, under the name it is read by."""
     values = tensor._values if isinstance(tensor, gs.Constant) else None
     if values is None and tensor.inputs and tensor.inputs[0].op == "Constant":
@@ -327,7 +327,7 @@ def _shape(node: gs.Node, model: Model) -> tuple[int, ...] | None:
     """The sizes asked for: 0 copies a size, unless ``allowzero`` says that it is one."""
     if "shape" in node.attrs:  # before opset 5
         return tuple(node.attrs["shape"])
-    if len(node.inputs) < 2 or (proto := _tensor_of(node.inputs[1])) is None or node.attrs.get("allowzero", 0):
+    if len(node.inputs) < 2 or (proto := tensor_of(node.inputs[1])) is None or node.attrs.get("allowzero", 0):
         return None
     return tuple(model.read(proto).tolist())
 

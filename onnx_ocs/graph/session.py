@@ -13,20 +13,36 @@ from onnx_ocs.graph.samples import Feed, Input
 SILENT = 4
 
 
+FLOAT_LAYOUT = "NchwcTransformer"
+"""The optimizer that arranges float convolutions in blocks of channels, under new names."""
+
+
 class Session:
     """A model loaded by onnxruntime's CPU provider.
+
+    Args:
+        optimized: where to write what onnxruntime makes of the model, with its weights in a file beside it.
 
     Raises:
         RuntimeFailed: it refuses the model.
     """
 
-    def __init__(self, path: Path, optimize: bool = True) -> None:
+    def __init__(self, path: Path, optimize: bool = True, optimized: Path | None = None) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = SILENT
+        left_out: list[str] = []
+        if optimized is not None:
+            options.optimized_model_filepath = str(optimized)
+            weights = "session.optimized_model_external_initializers"
+            options.add_session_config_entry(f"{weights}_file_name", f"{optimized.name}.data")
+            options.add_session_config_entry(f"{weights}_min_size_in_bytes", "1024")
+            left_out = [FLOAT_LAYOUT]
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=left_out
+            )
         except Exception as error:  # onnxruntime's own exceptions have no common base
             raise RuntimeFailed(first_line(error)) from None
         self.inputs = [Input(item.name, item.type, _shape(item.shape)) for item in self._session.get_inputs()]

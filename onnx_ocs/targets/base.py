@@ -1,6 +1,9 @@
 """What a runtime wants of a model with QuantizeLinear and DequantizeLinear nodes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+VALID = ("opset", "scale-shape", "scale-positive")
+"""Rules of the ONNX standard itself, which hold everywhere."""
 
 
 @dataclass(frozen=True)
@@ -62,5 +65,5 @@ class Target:
     gather_moves: int = 1
     """How often a Gather of channels moves the data, with what the runtime puts around it."""
 
-    rules: tuple[str, ...] = field(default=())
-    """What the lint looks for, by the names of its rules."""
+    rules: tuple[str, ...] = VALID
+    """What the lint looks for, by the names of its rules, in this order."""

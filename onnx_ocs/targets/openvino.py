@@ -1,6 +1,6 @@
 """OpenVINO: it reads the pairs as FakeQuantize and moves the scales through the graph by itself."""
 
-from onnx_ocs.targets.base import Target
+from onnx_ocs.targets.base import VALID, Target
 
 TARGET = Target(
     name="openvino",
@@ -12,4 +12,5 @@ TARGET = Target(
     gathers_integers=True,
     multiples=(4,),
     block=16,
+    rules=(*VALID, "int2", "int4-odd"),
 )

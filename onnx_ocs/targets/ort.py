@@ -1,6 +1,6 @@
 """ONNX Runtime on CPUs: a node becomes an integer kernel when all its inputs and its output are quantized."""
 
-from onnx_ocs.targets.base import Target
+from onnx_ocs.targets.base import VALID, Target
 
 TARGET = Target(
     name="ort",
@@ -18,4 +18,22 @@ TARGET = Target(
     multiples=(4,),
     block=16,
     gather_moves=3,  # its kernels have channels last, so that it is transposed before and after
+    rules=(
+        *VALID,
+        "loads",
+        "written-zero-point",
+        "both-operands",
+        "relu",
+        "clip",
+        "int8-data",
+        "output",
+        "gemm",
+        "four-bit-weight",
+        "conv-transpose",
+        "partly",
+        "moved-scale",
+        "gather-place",
+        "float-kernel",  # behind those that say why
+        "saturation",
+    ),
 )

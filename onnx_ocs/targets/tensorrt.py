@@ -3,7 +3,7 @@
 Sources: the parser of onnx-tensorrt (onnxOpImporters.cpp) and the developer guide, "Working with Quantized Types".
 """
 
-from onnx_ocs.targets.base import Target
+from onnx_ocs.targets.base import VALID, Target
 
 TARGET = Target(
     name="tensorrt",
@@ -16,4 +16,21 @@ TARGET = Target(
     symmetric=True,
     multiples=(32, 16, 8, 4),
     block=32,
+    rules=(
+        *VALID,
+        "operators",
+        "type",
+        "bias-float",
+        "symmetric",
+        "constant-scale",
+        "int4-blocks",
+        "data-per-tensor",
+        "axis",
+        "both-operands",
+        "before-activation",
+        "residual",
+        "concat-scale",
+        "batch-normalization",
+        "exporter-leaves-float",
+    ),
 )
