@@ -163,6 +163,11 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help=f"share of its channels that alignment may add to a layer ({defaults.max_expand})",
     )
+    parser.add_argument(
+        "--saturation-safe",
+        action=argparse.BooleanOptionalAction,
+        help="no sum of two products leaves 16 bits, in which x86 without VNNI adds them (on for ort and openvino)",
+    )
     parser.add_argument("--split", choices=CHOICES["split"], help=f"how a channel is split ({defaults.split})")
     parser.add_argument(
         "--split-policy", choices=CHOICES["split_policy"], help=f"repeated splits ({defaults.split_policy})"

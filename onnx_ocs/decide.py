@@ -50,7 +50,7 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
             *limits,
             shared=recipe.target != "generic" or recipe.folds != "never",
         ),
-        *([ChooseSteps(recipe.clip)] if weights else []),
+        *([ChooseSteps(recipe.clip, recipe.safe, recipe.split == "qa")] if weights else []),
     ]
     for step in steps:
         work.plans = step.apply(work)
@@ -117,7 +117,7 @@ def _found(run: Run, model: Model, select: SelectLayers) -> tuple[Work, list[Dec
     observe = run.recipe.calibrates
     work = Work(editor, [LayerPlan(layer, observed(editor, layer) if observe else None) for layer in layers])
     work.plans = select.apply(work)
-    if observe and not run.recipe.float:
+    if observe and not run.recipe.float and run.recipe.bits is not None:
         aware = run.recipe.split == "qa"
         work.plans = PlaceTensors(run.recipe.rules, run.recipe.act_ratio, aware).apply(work)
     return work, [item for item in found if isinstance(item, Declined)]

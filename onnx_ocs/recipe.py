@@ -74,6 +74,7 @@ class Recipe:
     fold: str = "auto"
     align: int | str = "auto"
     max_expand: Number = 0.25
+    saturation_safe: bool | None = None
     first: str = "int8"
     quantize_ops: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
@@ -111,6 +112,8 @@ class Recipe:
             if value is not None and (not isinstance(value, int) or value not in BITS):
                 widths = ", ".join(map(str, BITS))
                 raise ValueError(f"{name.replace('_', '-')} must be none or one of {widths}, not {value}")
+        if self.saturation_safe not in (None, True, False):
+            raise ValueError(f"saturation-safe must be true or false, not {self.saturation_safe!r}")
         if self.align != "auto" and (isinstance(self.align, bool) or not isinstance(self.align, int) or self.align < 1):
             raise ValueError(f"align must be auto or a whole number of at least 1, not {self.align!r}")
         for name in ("ratio", "act_ratio", "max_expand"):
@@ -158,6 +161,11 @@ class Recipe:
     def folds(self) -> str:
         """When channels are made twice; without a runtime in mind there is no telling where it pays."""
         return "never" if self.fold == "auto" and self.target == "generic" else self.fold
+
+    @property
+    def safe(self) -> bool:
+        """Whether sums of two products must not leave 16 bits."""
+        return self.rules.adds_pairs if self.saturation_safe is None else self.saturation_safe
 
     @property
     def rules(self) -> Target:

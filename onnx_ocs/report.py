@@ -35,6 +35,7 @@ def _row(plan: LayerPlan, is_float: bool) -> dict[str, Any]:
         "storage": plan.storage,
         "granularity": "channel" if plan.per_channel else "tensor",
         "threshold": None if plan.threshold is None else [float(value) for value in plan.threshold.reshape(-1)],
+        "narrowed": plan.narrowed,
         "sqnr_db": plan.sqnr_db,
         **_activation(plan, is_float),
     }

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 LOWEST, HIGHEST = -(2**15), 2**15 - 1
 
+SMALLEST = 1.004
+"""By which a threshold is raised at least: about half a step of 8 bits at its end."""
+
 BLOCK = 2**22
 """Weights that are looked at in one go."""
 
@@ -68,6 +71,16 @@ class RowSums:
 
     saturates: NDArray[np.bool_]  # (rows,), whether any pair can
     worst: NDArray[np.int32]  # (rows,), the largest magnitude of a sum
+
+
+def widened(threshold: NDArray[np.float64], sums: RowSums) -> NDArray[np.float64]:
+    """Thresholds on which the worst sums are about as large as they may be.
+
+    Args:
+        threshold: () for all rows, or (rows,) for each.
+    """
+    by = np.where(sums.saturates, np.maximum(sums.worst / HIGHEST, SMALLEST), 1.0)
+    return threshold * (by.max() if threshold.ndim == 0 else by)
 
 
 def row_sums(weights: NDArray[np.integer], low: int | NDArray[np.integer], high: int | NDArray[np.integer]) -> RowSums:

@@ -86,6 +86,7 @@ class LayerPlan:
     storage: int = 8  # bits of the integer type
     threshold: NDArray[np.float64] | None = None  # () or (outputs,)
     step: NDArray[np.float32] | None = None  # () or (outputs,)
+    narrowed: int = 0  # thresholds that were raised, so that no sum of two products saturates
     sqnr_db: float | None = None  # of the weight that was written
     activation: ActivationPlan | None = None
     float_data: str | None = None  # why the data stays float

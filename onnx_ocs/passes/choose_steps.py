@@ -3,29 +3,69 @@
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from onnx_ocs.numerics.grid import Grid
-from onnx_ocs.numerics.weights import choose_threshold
+from onnx_ocs.numerics.saturation import kernel_order, row_sums, widened
+from onnx_ocs.numerics.weights import choose_threshold, split_integers
 from onnx_ocs.passes.base import LayerPlan, Work
+
+ROUNDS = 8
+"""Times that a threshold is raised a little, before it is raised to where nothing can saturate."""
+
+PAIRED = {"Conv", "Gemm", "MatMul"}
+"""Layers whose products are added in pairs, if they are not depthwise and the weight is the right operand."""
 
 
 @dataclass(frozen=True)
 class ChooseSteps:
-    """A threshold by clip method over the split weights, for each layer or each of its output channels."""
+    """A threshold by clip method over the split weights, for each layer or each of its output channels.
+
+    ``safe``: raised where sums of two products could leave 16 bits, by as much as is needed, so that no row has less
+    than the precision of 7 bits.
+    """
 
     name: ClassVar[str] = "choose-steps"
 
     clip: str = "none"
+    safe: bool = False
+    aware: bool = True
 
     def apply(self, work: Work) -> list[LayerPlan]:
         chosen: dict[Any, LayerPlan] = {}
         return [plan if plan.declined else self._visit(work, plan, chosen) for plan in work.plans]
 
     def _visit(self, work: Work, plan: LayerPlan, chosen: dict[Any, LayerPlan]) -> LayerPlan:
-        if plan.key not in chosen:
+        most = self._most(plan)
+        key = (*plan.key, most)
+        if key not in chosen:
             assert plan.bits is not None
             threshold = choose_threshold(
                 work.values(plan), plan.splits, plan.axes, plan.per_channel, self.clip, plan.bits
             )
-            chosen[plan.key] = replace(plan, threshold=threshold, step=Grid(plan.bits).step(threshold))
-        same = chosen[plan.key]
-        return replace(plan, threshold=same.threshold, step=same.step)
+            raised = threshold if most is None else self._raised(work, plan, threshold, most)
+            narrowed = int(np.count_nonzero(raised > threshold))
+            chosen[key] = replace(plan, threshold=raised, step=Grid(plan.bits).step(raised), narrowed=narrowed)
+        same = chosen[key]
+        return replace(plan, threshold=same.threshold, step=same.step, narrowed=same.narrowed)
+
+    def _most(self, plan: LayerPlan) -> int | None:
+        """The largest integer of the layer's data, if its kernel adds products in pairs."""
+        layer, data = plan.layer, plan.activation
+        depthwise = layer.groups > 1 and layer.groups == layer.channels
+        if not self.safe or data is None or not data.unsigned or depthwise or layer.output_axis is None:
+            return None
+        return data.limits[1] if layer.node.op in PAIRED and layer.weight_input == 1 else None
+
+    def _raised(self, work: Work, plan: LayerPlan, threshold: NDArray[np.float64], most: int) -> NDArray[np.float64]:
+        assert plan.bits is not None
+        assert plan.axes.output is not None
+        weight, grid, least = work.values(plan), Grid(plan.bits), threshold
+        for _ in range(ROUNDS):
+            integers, _ = split_integers(weight, plan.splits, plan.axes, grid.step(threshold), plan.bits, self.aware)
+            sums = row_sums(kernel_order(integers, plan.axes.input, plan.axes.output), 0, most)
+            if not sums.saturates.any():
+                return threshold
+            threshold = widened(threshold, sums)
+        return np.where(threshold > least, least * 2, least)

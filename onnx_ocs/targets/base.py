@@ -59,6 +59,9 @@ class Target:
     multiples: tuple[int, ...] = ()
     """Numbers of channels of data of which the integer kernels want a multiple, the best first."""
 
+    adds_pairs: bool = False
+    """Whether its kernels add products in pairs, in 16 bits, on some CPUs (x86 without VNNI)."""
+
     block: int = 1
     """Output channels that a kernel computes at once."""
 

@@ -11,6 +11,7 @@ TARGET = Target(
     integer_containers=frozenset({8, 4}),
     gathers_integers=True,
     multiples=(4,),
+    adds_pairs=True,
     block=16,
     rules=(*VALID, "int2", "int4-odd"),
 )

@@ -16,6 +16,7 @@ TARGET = Target(
     integer_containers=frozenset({8}),  # others stay behind a DequantizeLinear
     gathers_integers=True,
     multiples=(4,),
+    adds_pairs=True,
     block=16,
     gather_moves=3,  # its kernels have channels last, so that it is transposed before and after
     rules=(
