@@ -97,6 +97,13 @@ def _transform_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--target", choices=CHOICES["target"], help="whose rules the Q/DQ nodes follow")
     parser.add_argument(
+        "--fold",
+        nargs="?",
+        choices=CHOICES["fold"],
+        const="always",
+        help="let the layers in front make the copies of channels (auto: where it pays on the target)",
+    )
+    parser.add_argument(
         "--external-data", action="store_true", help="weights into a file beside OUT (always from 2 GB on)"
     )
     parser.add_argument(
@@ -144,6 +151,18 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--per-channel", action="store_true", dest="per_channel", help="a scale per output channel (default)"
     )
     grain.add_argument("--per-tensor", action="store_false", dest="per_channel", help="a scale per weight")
+    parser.add_argument(
+        "--align",
+        type=_multiple,
+        metavar="N",
+        help="channels after splitting are a multiple of N; auto: of what the target's integer kernels want (auto)",
+    )
+    parser.add_argument(
+        "--max-expand",
+        type=_magnitude,
+        metavar="X",
+        help=f"share of its channels that alignment may add to a layer ({defaults.max_expand})",
+    )
     parser.add_argument("--split", choices=CHOICES["split"], help=f"how a channel is split ({defaults.split})")
     parser.add_argument(
         "--split-policy", choices=CHOICES["split_policy"], help=f"repeated splits ({defaults.split_policy})"
@@ -211,6 +230,13 @@ def _bits(text: str) -> int | None:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of bits") from None
+
+
+def _multiple(text: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number") from None
 
 
 def _finite(text: str) -> float:

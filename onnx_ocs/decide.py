@@ -16,7 +16,9 @@ from onnx_ocs.passes.fold_batch_normalization import FoldBatchNormalization
 from onnx_ocs.passes.place_tensors import PlaceTensors
 from onnx_ocs.passes.plan_activations import UNCOVERED, PlanActivations
 from onnx_ocs.passes.plan_splits import PlanSplits
+from onnx_ocs.passes.plan_streams import PlanStreams
 from onnx_ocs.passes.select_layers import SelectLayers
+from onnx_ocs.recipe import Recipe
 from onnx_ocs.run import Run
 
 
@@ -35,11 +37,19 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
     dynamic = recipe.act_split == "dynamic"
     acts = recipe.act_bits if not recipe.float or recipe.act_ratio else None
     weights = recipe.bits is not None or recipe.float
+    limits = recipe.multiples, recipe.max_expand
     steps: list[Pass] = [
         PlanActivations(acts, recipe.act_ratio, dynamic, recipe.act_unsigned, recipe.rules.unsigned, recipe.first),
         *([grid] if weights else []),
         ChooseActivationSteps(recipe.act_clip, recipe.rules.unsigned),
-        PlanSplits(recipe.ratio, recipe.split_policy, weights),
+        *([PlanStreams(recipe.ratio, recipe.folds, *limits, *_gathers(recipe))] if weights else []),
+        PlanSplits(
+            recipe.ratio,
+            recipe.split_policy,
+            weights,
+            *limits,
+            shared=recipe.target != "generic" or recipe.folds != "never",
+        ),
         *([ChooseSteps(recipe.clip)] if weights else []),
     ]
     for step in steps:
@@ -49,6 +59,12 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
             f"{UNCOVERED} of {uncovered} layers, which stays float; calibrate again without --only and --skip"
         )
     return work, declined
+
+
+def _gathers(recipe: Recipe) -> tuple[int, int, int]:
+    """Bytes of a value as a Gather moves it, how often it does, and channels that a kernel computes at once."""
+    integers = recipe.act_bits is not None and recipe.rules.gathers_integers and not recipe.float
+    return (1 if integers else 4), recipe.rules.gather_moves, recipe.rules.block
 
 
 def _containers(run: Run) -> frozenset[int]:

@@ -24,6 +24,7 @@ from onnx_ocs.passes.quantize_biases import QuantizeBiases
 from onnx_ocs.passes.quantize_weights import QuantizeWeights
 from onnx_ocs.passes.split_by_batch import SplitByBatch
 from onnx_ocs.passes.split_channels import SplitChannels
+from onnx_ocs.passes.widen_makers import WidenMakers
 from onnx_ocs.recipe import Recipe
 from onnx_ocs.report import layer_rows, overhead, stage_summary
 from onnx_ocs.run import Calibration, Progress, Run, Source
@@ -127,6 +128,7 @@ def _transform(run: Run) -> Outcome:
     aware = recipe.split == "qa"
     stages: dict[str, Path] = {}
     with run.timed("split"):
+        work.plans = WidenMakers().apply(work)
         work.plans = SplitChannels(aware=aware and recipe.bits is not None, aware_data=aware).apply(work)
         work.plans = SplitByBatch(aware=aware).apply(work)
         work.editor.commit()

@@ -24,6 +24,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "first": ("float", "int8", "same"),
     "act_split": ("static", "dynamic"),
     "container": ("auto", "int8"),
+    "fold": ("auto", "always", "never"),
     "target": tuple(TARGETS),
 }
 
@@ -37,6 +38,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "clip": "none",
         "first": "float",
         "quantize_ops": ("Conv", "ConvTranspose"),
+        "fold": "never",
+        "align": 1,
     }
 }
 """Zhao et al. as they ran it: one scale per tensor, the first layer and the dense layers float."""
@@ -68,6 +71,9 @@ class Recipe:
     batch: int = BATCH
     calibration_stride: int = STRIDE
     fold_bn: bool = True
+    fold: str = "auto"
+    align: int | str = "auto"
+    max_expand: Number = 0.25
     first: str = "int8"
     quantize_ops: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
@@ -105,7 +111,9 @@ class Recipe:
             if value is not None and (not isinstance(value, int) or value not in BITS):
                 widths = ", ".join(map(str, BITS))
                 raise ValueError(f"{name.replace('_', '-')} must be none or one of {widths}, not {value}")
-        for name in ("ratio", "act_ratio"):
+        if self.align != "auto" and (isinstance(self.align, bool) or not isinstance(self.align, int) or self.align < 1):
+            raise ValueError(f"align must be auto or a whole number of at least 1, not {self.align!r}")
+        for name in ("ratio", "act_ratio", "max_expand"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name.replace('_', '-')} must be from 0 to 1, not {getattr(self, name)}")
         for name in ("calibration_samples", "batch", "calibration_stride"):
@@ -138,6 +146,18 @@ class Recipe:
     def calibrates(self) -> bool:
         """Whether samples are needed to choose the scales of activations."""
         return self.act_bits is not None and self.act_split == "static" and (not self.float or self.act_ratio > 0)
+
+    @property
+    def multiples(self) -> tuple[int, ...]:
+        """Of the numbers of channels after splitting, the best first; none where the exact number is kept."""
+        if isinstance(self.align, int):
+            return (self.align,) if self.align > 1 else ()
+        return self.rules.multiples if self.act_bits is not None and not self.float else ()
+
+    @property
+    def folds(self) -> str:
+        """When channels are made twice; without a runtime in mind there is no telling where it pays."""
+        return "never" if self.fold == "auto" and self.target == "generic" else self.fold
 
     @property
     def rules(self) -> Target:

@@ -30,12 +30,30 @@ def _row(plan: LayerPlan, is_float: bool) -> dict[str, Any]:
         "channels": plan.channels,
         "extra": plan.extra,
         "source": joined(list(plan.splits)).source.tolist() if plan.extra else None,
+        **_copies(plan),
         "bits": plan.bits,
         "storage": plan.storage,
         "granularity": "channel" if plan.per_channel else "tensor",
         "threshold": None if plan.threshold is None else [float(value) for value in plan.threshold.reshape(-1)],
         "sqnr_db": plan.sqnr_db,
         **_activation(plan, is_float),
+    }
+
+
+def _copies(plan: LayerPlan) -> dict[str, Any]:
+    """How many channels were asked for and how many there are, and who makes them."""
+    widened = None if plan.outputs is None else len(plan.outputs)
+    if not plan.extra:
+        return {"copies": None, "widened": widened}
+    costs = {name: {"bytes": cost.bytes, "macs": cost.macs} for name, cost in (plan.costs or {}).items()}
+    return {
+        "copies": "gathered" if plan.stream is None else "folded",
+        "copies_reason": plan.copied,
+        "costs": costs or None,
+        "real_ratio": plan.extra / plan.channels,
+        "multiple": plan.room.multiple if plan.room else 1,
+        "align_reason": plan.room.reason if plan.room else None,
+        "widened": widened,
     }
 
 

@@ -301,6 +301,17 @@ class Editor:
         maker.outputs[[out is tensor for out in maker.outputs].index(True)] = value
         return value
 
+    def set_integer(self, scope: Scope, node: gs.Node, name: str, value: int) -> None:
+        """Give an attribute of a node of the source another value."""
+        node.attrs[name] = value
+        source = scope.sources[id(node)][1]
+        (attribute,) = [item for item in source.attribute if item.name == name]
+        attribute.i = value
+
+    def forget_shapes(self, scope: Scope, names: set[str]) -> None:
+        """Leave the shapes of these values to inference, since they are no longer those of the source."""
+        _keep(scope.proto.value_info, lambda value: value.name not in names)
+
     def after(self, scope: Scope, node: gs.Node) -> gs.Node | None:
         """The node that stands behind ``node``; none if it is the last."""
         nodes = scope.graph.nodes

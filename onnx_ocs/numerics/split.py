@@ -120,6 +120,13 @@ def joined(plans: list[SplitPlan]) -> SplitPlan:
     )
 
 
+def arranged(plan: SplitPlan, source: NDArray[np.int64]) -> SplitPlan:
+    """``plan`` with its copies in another order, in which they are those of the channels ``source``."""
+    place = np.empty(len(source), np.int64)
+    place[np.argsort(source, kind="stable")] = np.argsort(plan.source, kind="stable")
+    return SplitPlan(plan.source[place], plan.denominator[place], plan.phase[place])
+
+
 def extra_channels(ratio: float, channels: int) -> int:
     """``ceil(ratio * channels)``, by the decimal digits of ``ratio`` (0.07 * 100 is 7, not 7.000000000000001)."""
     if not 0 <= ratio <= 1:

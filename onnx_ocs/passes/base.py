@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from onnx_ocs.graph.editor import DataGrid, Editor
 from onnx_ocs.graph.layers import Layer
 from onnx_ocs.graph.observe import Observed
+from onnx_ocs.graph.streams import Ids, Stream
+from onnx_ocs.numerics.cost import Cost, Room
 from onnx_ocs.numerics.grid import Grid
 from onnx_ocs.numerics.split import SplitPlan
 from onnx_ocs.numerics.statistics import Statistics
@@ -87,13 +89,19 @@ class LayerPlan:
     sqnr_db: float | None = None  # of the weight that was written
     activation: ActivationPlan | None = None
     float_data: str | None = None  # why the data stays float
+    room: Room | None = None  # how many channels it gets
+    stream: Stream | None = None  # whose makers make the copies
+    copied: str | None = None  # why a Gather makes them
+    costs: Mapping[str, Cost] | None = None  # of both ways
+    outputs: NDArray[np.int64] | None = None  # which of its output channels each is, where some are made twice
     reader: Reader | None = None  # the input that the weight is read by, where it is not the layer's
     gathered: tuple[gs.Tensor, NDArray[np.int64]] | None = None  # what its data is copies of, and of which channels
 
     @property
     def axes(self) -> Axes:
         layer = self.layer
-        return Axes(layer.input_axis, layer.output_axis, layer.groups, layer.groups_on_input)
+        groups = layer.groups if self.outputs is None or layer.groups == 1 else len(self.outputs)
+        return Axes(layer.input_axis, layer.output_axis, groups, layer.groups_on_input)
 
     @property
     def extra(self) -> int:
@@ -108,6 +116,8 @@ class LayerPlan:
     @property
     def expanded(self) -> int:
         """Channels of the layer's data after all splits."""
+        if self.layer.groups > 1 and self.outputs is not None:  # each carries one
+            return len(self.outputs)
         return self.channels + self.extra + (self.activation.extra if self.activation else 0)
 
     @property
@@ -127,7 +137,8 @@ class LayerPlan:
             (s.source.tobytes(), s.denominator.tobytes(), s.phase.tobytes()) for s in (*self.data_splits, *self.splits)
         )
         step = b"" if self.step is None else self.step.tobytes()
-        return (self.layer.weight.key, self.axes, splits, self.bits, self.per_channel, step)
+        outputs = b"" if self.outputs is None else self.outputs.tobytes()
+        return (self.layer.weight.key, self.axes, outputs, splits, self.bits, self.per_channel, step)
 
 
 @dataclass
@@ -137,11 +148,15 @@ class Work:
     editor: Editor
     plans: list[LayerPlan]
     tensors: list[TensorPlan] = field(default_factory=list)
+    widened: list[tuple[Stream, dict[str, Ids]]] = field(default_factory=list)  # and Stream.sources of each
     statistics: Mapping[str, Statistics] = field(default_factory=dict)  # of the data of layers, by Observed.key
 
     def values(self, plan: LayerPlan) -> NDArray[Any]:
-        """The weight of a layer as the source has it, once for each copy of a channel of its data."""
+        """The weight of a layer as the source has it, once for each copy of a channel of its data and its output."""
         values = plan.layer.weight.read(self.editor.model)
+        if plan.outputs is not None:
+            assert plan.layer.output_axis is not None
+            values = values.take(plan.outputs, plan.layer.output_axis)
         if plan.static_extra == plan.extra:
             return values
         axis = plan.axes.input

@@ -39,7 +39,7 @@ class QuantizeBiases:
         if not isinstance(bias, Weight) or any(node.attrs.get(factor, 1.0) != 1.0 for factor in ("alpha", "beta")):
             return
         assert layer.output_axis is not None
-        outputs = layer.weight.shape[layer.output_axis]
+        outputs = layer.weight.shape[layer.output_axis] if plan.outputs is None else len(plan.outputs)
         values = bias.read(edit.model).astype(np.float64)
         if values.size not in (1, outputs) or layer.weight.data_type != onnx.TensorProto.FLOAT:
             return

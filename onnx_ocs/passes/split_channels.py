@@ -29,23 +29,30 @@ class SplitChannels:
 
     def apply(self, work: Work) -> list[LayerPlan]:
         made: dict[Any, gs.Tensor] = {}
-        return [
-            self._visit(work, plan, made) if not plan.declined and plan.static_extra else plan for plan in work.plans
-        ]
+        return [self._visit(work, plan, made) if self._changes(plan) else plan for plan in work.plans]
+
+    def _changes(self, plan: LayerPlan) -> bool:
+        return not plan.declined and (plan.static_extra > 0 or plan.outputs is not None)
 
     def _visit(self, work: Work, plan: LayerPlan, made: dict[Any, gs.Tensor]) -> LayerPlan:
         layer, edit = plan.layer, work.editor
-        kind = numpy_type(layer.weight.data_type)
-        source, gain, offset = self._data(plan)
-        shares = (None if part is None else part.astype(kind) for part in (gain, offset))
-        data = layer.data
-        gathered = edit.gather(layer.scope, data, source, layer.data_axis, layer.node, *shares)
-        edit.rewire(layer.node, layer.data_input, gathered)
+        if plan.static_extra and plan.stream is None:
+            plan = self._copy(work, plan)
         if plan.key not in made:
             made[plan.key] = edit.constant(
                 layer.weight.home, f"{layer.weight.tensor.name}.split", tensor=self._tensor(work, plan)
             )
         edit.rewire(layer.node, layer.weight_input, made[plan.key])
+        return plan
+
+    def _copy(self, work: Work, plan: LayerPlan) -> LayerPlan:
+        """Put a Gather in front of a layer."""
+        layer, edit, data = plan.layer, work.editor, plan.layer.data
+        kind = numpy_type(layer.weight.data_type)
+        source, gain, offset = self._data(plan)
+        shares = (None if part is None else part.astype(kind) for part in (gain, offset))
+        gathered = edit.gather(layer.scope, data, source, layer.data_axis, layer.node, *shares)
+        edit.rewire(layer.node, layer.data_input, gathered)
         return plan if gain is not None else replace(plan, gathered=(data, source))
 
     def _data(self, plan: LayerPlan) -> tuple[NDArray[np.int64], NDArray[Any] | None, NDArray[Any] | None]:
@@ -65,6 +72,9 @@ class SplitChannels:
     def _tensor(self, work: Work, plan: LayerPlan) -> Any:
         """The split weight, made when it is written: nobody reads it if integers take its place."""
         shape = list(plan.layer.weight.shape)
+        if plan.outputs is not None:
+            assert plan.layer.output_axis is not None
+            shape[plan.layer.output_axis] = len(plan.outputs)
         shape[plan.layer.input_axis] += plan.static_extra // (1 if plan.layer.groups_on_input else plan.layer.groups)
         itemsize = numpy_type(plan.layer.weight.data_type).itemsize
         step = plan.step if self.aware else None

@@ -56,8 +56,14 @@ class Target:
     symmetric: bool = False
     """Whether unsigned data and zero points are refused."""
 
-    channel_multiple: int = 1
-    """The number of channels of data of which the integer kernels want a multiple."""
+    multiples: tuple[int, ...] = ()
+    """Numbers of channels of data of which the integer kernels want a multiple, the best first."""
+
+    block: int = 1
+    """Output channels that a kernel computes at once."""
+
+    gather_moves: int = 1
+    """How often a Gather of channels moves the data, with what the runtime puts around it."""
 
     rules: tuple[str, ...] = VALID
     """What the lint looks for, by the names of its rules, in this order."""

@@ -10,6 +10,7 @@ TARGET = Target(
     containers=frozenset({8, 4}),  # INT2 is refused
     integer_containers=frozenset({8, 4}),
     gathers_integers=True,
-    channel_multiple=4,
+    multiples=(4,),
+    block=16,
     rules=(*VALID, "int2", "int4-odd"),
 )

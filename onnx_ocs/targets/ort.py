@@ -15,7 +15,9 @@ TARGET = Target(
     integer_bias=frozenset({"Gemm"}),
     integer_containers=frozenset({8}),  # others stay behind a DequantizeLinear
     gathers_integers=True,
-    channel_multiple=4,
+    multiples=(4,),
+    block=16,
+    gather_moves=3,  # its kernels have channels last, so that it is transposed before and after
     rules=(
         *VALID,
         "loads",

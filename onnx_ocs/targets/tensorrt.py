@@ -14,7 +14,8 @@ TARGET = Target(
     clips_integers=False,
     constant_scales=True,
     symmetric=True,
-    channel_multiple=32,
+    multiples=(32, 16, 8, 4),
+    block=32,
     rules=(
         *VALID,
         "operators",

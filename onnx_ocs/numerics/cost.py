@@ -1,0 +1,72 @@
+"""What copies of channels cost at run time: a model of bytes moved and of products, to choose by and not to time by."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from onnx_ocs.numerics.split import extra_channels
+
+MACS_PER_BYTE = 8.0
+"""Products of an integer kernel in the time in which one byte is moved (read and written once)."""
+
+UNALIGNED = 1.0
+"""What a layer whose channels are no multiple of what its kernel wants costs more, as a share of its products."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one way to give layers their copies, for one sample."""
+
+    bytes: float = 0.0  # read and written
+    macs: float = 0.0  # multiply-accumulates
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.bytes + other.bytes, self.macs + other.macs)
+
+    @property
+    def total(self) -> float:
+        """In bytes."""
+        return self.bytes + self.macs / MACS_PER_BYTE
+
+
+def columns(outputs: int, block: int) -> float:
+    """The channels that take as long where a kernel computes ``block`` at once: a rest takes one and a half blocks."""
+    whole, rest = divmod(outputs, block)
+    return (whole + 1.5 if rest else whole) * block
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many channels a layer gets, and why not as many as asked."""
+
+    extra: int
+    multiple: int = 1  # that the channels make
+    reason: str | None = None
+
+
+def room(ratio: float, channels: int, copied: int, multiples: Sequence[int], most: float) -> Room:
+    """``ceil(ratio * C)`` channels more, and what is missing to the next multiple.
+
+    Where that would add more than the share ``most`` of the channels, the next smaller multiple is tried. Where none is
+    small enough the layer gets exactly what was asked if it is estimated to cost less than that share on top, in
+    products, with the slower kernel that it then runs on; else it gets nothing.
+
+    Args:
+        channels: C, of the source.
+        copied: channels that splitting the data adds already.
+        multiples: wanted of the number of channels, the best first.
+    """
+    exact = extra_channels(ratio, channels)
+    if not exact or not multiples or tuple(multiples) == (1,):
+        return Room(exact)
+    held = channels + copied
+    for multiple in multiples:
+        extra = math.ceil((held + exact) / multiple) * multiple - held
+        if extra <= max(most * channels, exact):
+            return Room(extra, multiple)
+    wanted = multiples[-1]
+    aligned_before = held % wanted == 0
+    grown = (held + exact) * (1 + UNALIGNED) / (held * (1 if aligned_before else 1 + UNALIGNED)) - 1
+    if grown <= most:
+        return Room(exact, 1, f"{channels} channels are too few for a multiple of {wanted} (--max-expand): exact")
+    return Room(0, 1, f"{channels} channels are too few for a multiple of {wanted} (--max-expand)")
