@@ -4,6 +4,7 @@ import csv
 import zipfile
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 
@@ -40,6 +41,24 @@ def test_the_emitted_resnet_has_the_accuracy_of_an_independent_implementation(as
     key = (str(bits), ratio, method)
     wanted = next(row for row in rows if (row["weight_bits"], float(row["ratio"]), row["method"]) == key)
     assert found == pytest.approx(float(wanted["top1_846"]), abs=2 if "mse" in method else 0.6)
+
+
+@pytest.mark.parametrize(("name", "size"), [("cifar10_resnet20", 32), ("imagenet_squeezenet1.1", 224)])
+def test_most_layers_are_split_for_onnxruntime_and_all_run_on_integers(assets, name, size, tmp_path):
+    images = np.random.default_rng(0).standard_normal((2, 3, size, size)).astype(np.float32)
+    source, target = assets / "models" / f"{name}.onnx", tmp_path / "out.onnx"
+    rows = quantize(source, target, target="ort", ratio=0.02, calibrate=images, verify=False).report["layers"]
+    assert sum(row["status"] == "split" for row in rows) > 0.7 * len(rows)
+    for row in rows:
+        if row["extra"]:
+            assert (row["channels"] + row["extra"]) % 4 == 0
+            assert row["extra"] <= 0.25 * row["channels"]
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(target, options, providers=["CPUExecutionProvider"])
+    found = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert not {"Conv", "FusedConv", "Gemm"} & set(found)
+    assert found.count("QLinearConv") + found.count("QGemm") == len(rows)
 
 
 @pytest.mark.parametrize("name", ["ad01_autoencoder_bn", "cifar10_resnet20_bn", "kws_dscnn", "silero_vad"])

@@ -51,12 +51,13 @@ class ChooseSteps:
         return replace(plan, threshold=same.threshold, step=same.step, narrowed=same.narrowed)
 
     def _most(self, plan: LayerPlan) -> int | None:
-        """The largest integer of the layer's data, if its kernel adds products in pairs."""
+        """The largest integer of the layer's data, if its kernel adds products in pairs; it shifts signed ones."""
         layer, data = plan.layer, plan.activation
         depthwise = layer.groups > 1 and layer.groups == layer.channels
-        if not self.safe or data is None or not data.unsigned or depthwise or layer.output_axis is None:
+        if not self.safe or data is None or depthwise or layer.output_axis is None:
             return None
-        return data.limits[1] if layer.node.op in PAIRED and layer.weight_input == 1 else None
+        most = data.limits[1] if data.unsigned else data.limits[1] + 128
+        return most if layer.node.op in PAIRED and layer.weight_input == 1 else None
 
     def _raised(self, work: Work, plan: LayerPlan, threshold: NDArray[np.float64], most: int) -> NDArray[np.float64]:
         assert plan.bits is not None

@@ -9,7 +9,7 @@ import onnxruntime as ort
 import pytest
 from operators import HEAD
 
-from onnx_ocs import quantize
+from onnx_ocs import lint, quantize
 from onnx_ocs.targets import TARGETS
 
 NETWORK = f"""{HEAD} g (float[N,3,16,16] x) => (float[N,10] logits, float[N,16,8,8] features) {{
@@ -200,3 +200,47 @@ def test_narrow_weights_go_where_the_target_has_a_type_for_them(images):
             if tensor.name.endswith(".integers")
         }
         assert kinds - {"INT32"} == {kind}
+
+
+def saturating(model):
+    return [finding.node for finding in lint(model, target="ort").findings if finding.rule == "saturation"]
+
+
+@pytest.mark.parametrize("grain", [{"per_channel": True}, {"per_channel": False}])
+@pytest.mark.parametrize("ratio", [0, 0.1])
+def test_no_sum_of_two_products_leaves_16_bits(ratio, grain, images):
+    """The same outputs whether onnxruntime is told to avoid such sums or not."""
+    options = {"target": "ort", "bits": 8, "ratio": ratio, **grain}
+    assert saturating(made(images, saturation_safe=False, **options).model)
+    result = made(images, **options)
+    assert not saturating(result.model)
+    assert any(row["narrowed"] for row in result.report["layers"])
+    wanted = session(result.model, optimize=False).run(None, {"x": images})
+    for before, after in zip(wanted, session(result.model).run(None, {"x": images}), strict=True):
+        assert np.square(before - after).sum() < 1e-3 * np.square(before).sum()
+
+
+def test_raised_thresholds_keep_more_than_seven_bits(images):
+    safe, seven = (made(images, target="ort", bits=bits, saturation_safe=bits == 8) for bits in (8, 7))
+    for eight, less in zip(safe.report["layers"], seven.report["layers"], strict=True):
+        assert eight["sqnr_db"] > less["sqnr_db"]
+
+
+@pytest.mark.parametrize(("target", "multiple"), [("ort", 4), ("openvino", 4), ("generic", 1)])
+def test_channels_are_aligned_where_the_data_is_quantized(target, multiple, images):
+    rows = made(images, target=target, max_expand=0.5).report["layers"]
+    for row in rows:
+        if row["extra"]:
+            assert (row["channels"] + row["extra"]) % multiple == 0
+            assert row["real_ratio"] == row["extra"] / row["channels"]
+    assert sum(bool(row["extra"]) for row in rows) > 3
+
+
+def test_alignment_is_bounded(images):
+    rows = made(images, target="ort").report["layers"]
+    narrow = [row for row in rows if row["channels"] == 8]
+    assert narrow
+    for row in narrow:
+        assert row["extra"] == 0
+        assert "8 channels are too few for a multiple of 4" in row["reason"]
+    assert any(row["extra"] for row in rows)
