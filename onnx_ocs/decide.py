@@ -37,12 +37,14 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
     dynamic = recipe.act_split == "dynamic"
     acts = recipe.act_bits if not recipe.float or recipe.act_ratio else None
     weights = recipe.bits is not None or recipe.float
+    ratio = max(recipe.ratio, recipe.act_ratio)
     limits = recipe.multiples, recipe.max_expand
     steps: list[Pass] = [
         PlanActivations(acts, recipe.act_ratio, dynamic, recipe.act_unsigned, recipe.rules.unsigned, recipe.first),
         *([grid] if weights else []),
+        *([PlanStreams(ratio, recipe.folds, recipe.split == "qa", *limits, *_gathers(recipe))] if weights else []),
+        *([PlaceTensors(recipe.rules)] if work.tensors else []),
         ChooseActivationSteps(recipe.act_clip, recipe.rules.unsigned),
-        *([PlanStreams(recipe.ratio, recipe.folds, *limits, *_gathers(recipe))] if weights else []),
         PlanSplits(
             recipe.ratio,
             recipe.split_policy,
@@ -118,8 +120,7 @@ def _found(run: Run, model: Model, select: SelectLayers) -> tuple[Work, list[Dec
     work = Work(editor, [LayerPlan(layer, observed(editor, layer) if observe else None) for layer in layers])
     work.plans = select.apply(work)
     if observe and not run.recipe.float and run.recipe.bits is not None:
-        aware = run.recipe.split == "qa"
-        work.plans = PlaceTensors(run.recipe.rules, run.recipe.act_ratio, aware).apply(work)
+        work.plans = PlaceTensors(run.recipe.rules).apply(work)
     return work, [item for item in found if isinstance(item, Declined)]
 
 

@@ -44,14 +44,14 @@ def _row(plan: LayerPlan, is_float: bool) -> dict[str, Any]:
 def _copies(plan: LayerPlan) -> dict[str, Any]:
     """How many channels were asked for and how many there are, and who makes them."""
     widened = None if plan.outputs is None else len(plan.outputs)
-    if not plan.extra:
+    if not plan.static_extra:
         return {"copies": None, "widened": widened}
     costs = {name: {"bytes": cost.bytes, "macs": cost.macs} for name, cost in (plan.costs or {}).items()}
     return {
         "copies": "gathered" if plan.stream is None else "folded",
         "copies_reason": plan.copied,
         "costs": costs or None,
-        "real_ratio": plan.extra / plan.channels,
+        "real_ratio": plan.static_extra / plan.channels,
         "multiple": plan.room.multiple if plan.room else 1,
         "align_reason": plan.room.reason if plan.room else None,
         "widened": widened,

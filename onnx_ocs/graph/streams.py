@@ -436,7 +436,7 @@ class _Flood:
         if layer is not None and is_depthwise(layer):
             self._add(layer)
             self._depthwise[id(node)] = layer
-            self._pass(node, Passage({0: layer.data_axis}, layer.data_axis))
+            self._pass(node, Passage({0: layer.data_axis}, layer.data_axis, homogeneous=True))
         elif layer is not None and index is None:
             if output_axis(layer) != axis:
                 raise Refused(f"the channels of {tensor.name!r} are not those that {node.op} {layer.name!r} makes")

@@ -120,10 +120,16 @@ def joined(plans: list[SplitPlan]) -> SplitPlan:
     )
 
 
+def matching(held: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The order that makes ``wanted`` of ``held``, which has the same values; equal ones stay in their order."""
+    order = np.empty(len(wanted), np.int64)
+    order[np.argsort(wanted, kind="stable")] = np.argsort(held, kind="stable")
+    return order
+
+
 def arranged(plan: SplitPlan, source: NDArray[np.int64]) -> SplitPlan:
     """``plan`` with its copies in another order, in which they are those of the channels ``source``."""
-    place = np.empty(len(source), np.int64)
-    place[np.argsort(source, kind="stable")] = np.argsort(plan.source, kind="stable")
+    place = matching(plan.source, source)
     return SplitPlan(plan.source[place], plan.denominator[place], plan.phase[place])
 
 

@@ -97,6 +97,14 @@ class Statistics:
             np.array([min(float(self.zeros), counts[0])]),
         )
 
+    def lowest(self, plan: SplitPlan | None = None) -> float:
+        """The least value, after splitting by ``plan``."""
+        return float(self.low.min() if plan is None else (self.low[plan.source] * plan.gain).min())
+
+    def highest(self, plan: SplitPlan | None = None) -> float:
+        """The largest value, after splitting by ``plan``."""
+        return float(self.high.max() if plan is None else (self.high[plan.source] * plan.gain).max())
+
     def peak(self, plan: SplitPlan | None = None) -> float:
         """The largest magnitude, after splitting by ``plan``."""
         if plan is None:

@@ -14,7 +14,7 @@ from onnx_ocs.graph.observe import Observed
 from onnx_ocs.graph.streams import Ids, Stream
 from onnx_ocs.numerics.cost import Cost, Room
 from onnx_ocs.numerics.grid import Grid
-from onnx_ocs.numerics.split import SplitPlan
+from onnx_ocs.numerics.split import SplitPlan, along
 from onnx_ocs.numerics.statistics import Statistics
 from onnx_ocs.numerics.weights import Axes, by_group
 
@@ -41,6 +41,7 @@ class TensorPlan:
     made: bool  # by an integer kernel, so that all that read it read the quantized one
     readers: tuple[Reader, ...]  # of the quantized tensor, besides layers, where float ones may read it as well
     together: str  # equal for tensors with one scale
+    moved: bool = False  # only operators that move its values read it, so that its own range does not matter
     grid: DataGrid | None = None
 
 
@@ -95,6 +96,7 @@ class LayerPlan:
     copied: str | None = None  # why a Gather makes them
     costs: Mapping[str, Cost] | None = None  # of both ways
     outputs: NDArray[np.int64] | None = None  # which of its output channels each is, where some are made twice
+    shares: NDArray[np.float64] | None = None  # of these, that it makes
     reader: Reader | None = None  # the input that the weight is read by, where it is not the layer's
     gathered: tuple[gs.Tensor, NDArray[np.int64]] | None = None  # what its data is copies of, and of which channels
 
@@ -138,8 +140,21 @@ class LayerPlan:
             (s.source.tobytes(), s.denominator.tobytes(), s.phase.tobytes()) for s in (*self.data_splits, *self.splits)
         )
         step = b"" if self.step is None else self.step.tobytes()
-        outputs = b"" if self.outputs is None else self.outputs.tobytes()
+        outputs = tuple(b"" if part is None else part.tobytes() for part in (self.outputs, self.shares))
         return (self.layer.weight.key, self.axes, outputs, splits, self.bits, self.per_channel, step)
+
+
+@dataclass(frozen=True, eq=False)
+class Widened:
+    """A stream with its copies: which channel each is, and what share of it."""
+
+    stream: Stream
+    sources: Mapping[str, Ids]  # Stream.sources
+    gains: Mapping[str, NDArray[np.float64]] | None = None  # of each tensor that a layer makes; none: whole channels
+
+    def gain(self, layer: Layer) -> NDArray[np.float64] | None:
+        """The shares of the channels that ``layer`` makes."""
+        return None if self.gains is None else self.gains[layer.node.outputs[0].name]
 
 
 @dataclass
@@ -149,7 +164,7 @@ class Work:
     editor: Editor
     plans: list[LayerPlan]
     tensors: list[TensorPlan] = field(default_factory=list)
-    widened: list[tuple[Stream, dict[str, Ids]]] = field(default_factory=list)  # and Stream.sources of each
+    widened: list[Widened] = field(default_factory=list)
     statistics: Mapping[str, Statistics] = field(default_factory=dict)  # of the data of layers, by Observed.key
 
     def values(self, plan: LayerPlan) -> NDArray[Any]:
@@ -158,6 +173,8 @@ class Work:
         if plan.outputs is not None:
             assert plan.layer.output_axis is not None
             values = values.take(plan.outputs, plan.layer.output_axis)
+            if plan.shares is not None:
+                values = (values * along(plan.shares, plan.layer.output_axis, values.ndim)).astype(values.dtype)
         if plan.static_extra == plan.extra:
             return values
         axis = plan.axes.input

@@ -34,6 +34,11 @@ class ChooseActivationSteps:
     def _tensors(self, work: Work) -> list[TensorPlan]:
         """Each tensor on the grid that all it shares one with need together."""
         bits = {plan.layer.data.name: plan.activation.bits for plan in work.plans if plan.activation is not None}
+        splits = {
+            plan.layer.data.name: joined(list(plan.data_splits))
+            for plan in work.plans
+            if plan.data_splits and plan.stream is not None
+        }  # which the tensor has where it is made
         seen = work.statistics
         placed = [plan for plan in work.tensors if plan.observed.key in seen]
         groups: dict[str, list[TensorPlan]] = {}
@@ -42,7 +47,10 @@ class ChooseActivationSteps:
         made: dict[str, DataGrid] = {}
         for name, members in groups.items():
             width = min(bits.get(plan.tensor.name, CARRIED_BITS) for plan in members)
-            ends = [self._range(seen[plan.observed.key], None, width, self.shifted) for plan in members]
+            ends = [
+                self._range(seen[plan.observed.key], splits.get(plan.tensor.name), width, self.shifted)
+                for plan in [plan for plan in members if not plan.moved] or members
+            ]
             low, high = min(low for low, _ in ends), max(high for _, high in ends)
             made[name] = self._grid(ActivationPlan(width, unsigned=self.shifted), low, high)
         return [replace(plan, grid=made[plan.together]) for plan in placed]
@@ -87,5 +95,5 @@ class ChooseActivationSteps:
         """
         one_sided = affine and seen.is_nonnegative
         threshold = float(thresholds(seen.histogram(split), self.clip, bits + 1 if one_sided else bits)[0])
-        low, high = (float(seen.low.min()), float(seen.high.max())) if affine else (-threshold, threshold)
+        low, high = (seen.lowest(split), seen.highest(split)) if affine else (-threshold, threshold)
         return max(low, -threshold), min(high, threshold)

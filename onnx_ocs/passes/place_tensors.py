@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 from onnx_ocs.graph.editor import Editor, Scope
 from onnx_ocs.graph.layers import Place, Weight
 from onnx_ocs.graph.observe import Observed
-from onnx_ocs.passes.base import LayerPlan, Reader, TensorPlan, Work, unsplit
+from onnx_ocs.passes.base import LayerPlan, Reader, TensorPlan, Work
 from onnx_ocs.targets.base import Target
 
 
@@ -26,8 +26,6 @@ class PlaceTensors:
     name: ClassVar[str] = "place-tensors"
 
     target: Target
-    ratio: float = 0.0  # of channels of data whose copies are moved by offsets, which must not be rounded before
-    aware: bool = True
 
     def apply(self, work: Work) -> list[LayerPlan]:
         if self.target.outputs or self.target.skips:
@@ -51,10 +49,8 @@ class _Placement:
         self._main: Scope = work.editor.scopes[0]
         self._plans = {id(plan.layer.node): plan for plan in work.plans if self._takes_part(plan)}
         self._float: set[str] = {
-            plan.layer.data.name
-            for plan in self._plans.values()
-            if options.aware and options.ratio and unsplit(plan, options.ratio) is None
-        }
+            plan.layer.data.name for plan in self._plans.values() if plan.data_splits and plan.stream is None
+        }  # is split in front of a layer, so that it must not be rounded before
         self._tensors: dict[str, gs.Tensor] = {}
         self._readers: dict[str, list[Reader]] = {}
         self._made: set[str] = set()  # by integer kernels
@@ -94,6 +90,7 @@ class _Placement:
                 name in self._made,
                 tuple(self._readers.get(name, ())),
                 min(self._together[name].names) if name in self._together else name,
+                self._is_moved(tensor),
             )
             for name, tensor in self._tensors.items()
         ]
@@ -109,6 +106,15 @@ class _Placement:
         if at[last] < 0 or id(nodes[at[last]]) not in self._plans:
             return None
         return None if node.inputs[1 - last].name in self._float else 1 - last
+
+    def _is_moved(self, tensor: gs.Tensor) -> bool:
+        """Whether all that reads a tensor moves its values into others of the same scale."""
+        if self._editor.is_result(tensor) or not tensor.outputs:
+            return False
+        return all(
+            node.op in self._target.moves and any(reader is node for reader, _ in self._readers.get(tensor.name, ()))
+            for node in tensor.outputs
+        )
 
     def _active(self, nodes: list[gs.Node]) -> list[gs.Node]:
         """The other operators that run on integers, in the order of the graph."""

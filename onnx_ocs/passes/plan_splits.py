@@ -6,10 +6,19 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_ocs.numerics.cost import room
-from onnx_ocs.numerics.split import SplitPlan, arranged, copies_per_row, copies_per_tensor, plan_splits
+from onnx_ocs.graph.streams import Stream
+from onnx_ocs.numerics.cost import Room, room
+from onnx_ocs.numerics.split import (
+    SplitPlan,
+    arranged,
+    copies_per_row,
+    copies_per_tensor,
+    joined,
+    matching,
+    plan_splits,
+)
 from onnx_ocs.numerics.weights import channel_peaks, choose_splits, no_split
-from onnx_ocs.passes.base import LayerPlan, Work, unsplit
+from onnx_ocs.passes.base import LayerPlan, Widened, Work, unsplit
 from onnx_ocs.passes.plan_streams import groups_of
 
 
@@ -32,12 +41,16 @@ class PlanSplits:
 
     def apply(self, work: Work) -> list[LayerPlan]:
         plans = [plan if plan.declined else self._unsplit(work, plan) for plan in work.plans]
-        open_ = [place for place, plan in enumerate(plans) if not plan.declined and plan.reason is None]
+        open_ = [place for place, plan in enumerate(plans) if not plan.declined and self._is_open(plan)]
         for group in groups_of([plans[place] for place in open_], self.shared):
             places = [open_[at] for at in group]
             for place, plan in zip(places, self._visit(work, [plans[place] for place in places]), strict=True):
                 plans[place] = plan
         return self._widened(work, plans)
+
+    def _is_open(self, plan: LayerPlan) -> bool:
+        """Whether channels are split, or at least those of its data where it is made."""
+        return plan.reason is None or (plan.stream is not None and bool(plan.data_splits))
 
     def _unsplit(self, work: Work, plan: LayerPlan) -> LayerPlan:
         weight = work.values(plan)
@@ -52,23 +65,45 @@ class PlanSplits:
         channels = stream.channels if stream else layer.channels // layer.groups
         copied = 0 if first.activation is None else first.activation.extra // layer.groups
         chosen = room(self.ratio, channels, copied, self.multiples, self.most)
-        if not chosen.extra:
+        if not chosen.extra and not (stream and first.data_splits):
             return [replace(plan, reason=chosen.reason, room=chosen, stream=None) for plan in plans]
         if len(plans) == 1 and stream is None:
             peaks = channel_peaks(work.values(first), first.axes)
             splits = choose_splits(peaks, chosen.extra, first.per_channel, self.policy, first.axes.groups_on_input)
             return [replace(first, splits=splits, room=chosen)]
+        if stream is not None and first.data_splits:
+            return self._shared_out(work, plans, stream, chosen)
         copies = self._copies(work, plans, channels, chosen.extra)
         if stream is None:
             split = plan_splits(copies, self.policy)
             return [replace(plan, splits=(split,), room=chosen) for plan in plans]
-        work.widened.append((stream, stream.sources(copies)))
+        work.widened.append(Widened(stream, stream.sources(copies)))
         return [replace(plan, splits=(self._arranged(work, plan, copies),), room=chosen) for plan in plans]
 
+    def _shared_out(self, work: Work, plans: list[LayerPlan], stream: Stream, chosen: Room) -> list[LayerPlan]:
+        """Copies that are shares of the data, which all ``plans`` read, and of them again copies for the weights."""
+        name, data = plans[0].layer.data.name, joined(list(plans[0].data_splits))
+        ids = stream.ids[name]
+        copies = self._copies(work, plans, len(data.source), chosen.extra)
+        split = plan_splits(copies, self.policy)
+        whole = np.zeros(stream.channels, np.int64)
+        np.add.at(whole, ids[data.source[split.source]], 1)
+        sources = stream.sources(whole)
+        order = matching(data.source[split.source], sources[name])
+        made = SplitPlan(split.source[order], split.denominator[order], split.phase[order])
+        gain = data.gain[made.source]
+        gains = {}
+        for layer in (*stream.makers, *stream.depthwise):
+            tensor = layer.node.outputs[0].name
+            held, wanted = ids[sources[name]], stream.ids[tensor][sources[tensor]]
+            here = np.flatnonzero(np.isin(held, wanted))  # a maker of some of the channels
+            gains[tensor] = gain[here[matching(held[here], wanted)]]
+        work.widened.append(Widened(stream, sources, gains))
+        return [replace(plan, splits=(made,), room=chosen) for plan in plans]
+
     def _arranged(self, work: Work, plan: LayerPlan, copies: NDArray[np.int64]) -> SplitPlan:
-        stream, sources = work.widened[-1]
-        name = plan.layer.data.name
-        return arranged(plan_splits(copies[stream.ids[name]], self.policy), sources[name])
+        widened, name = work.widened[-1], plan.layer.data.name
+        return arranged(plan_splits(copies[widened.stream.ids[name]], self.policy), widened.sources[name])
 
     def _copies(self, work: Work, plans: list[LayerPlan], channels: int, extra: int) -> NDArray[np.int64]:
         """How often each channel is to stand, for several layers that read it."""
@@ -85,7 +120,7 @@ class PlanSplits:
         (peaks,) = channel_peaks(work.values(plan), plan.axes)
         if not plan.per_channel:
             peaks = peaks.max(axis=0, keepdims=True)
-        if plan.stream is None:
+        if plan.stream is None or plan.data_splits:
             return peaks.astype(np.float64)
         rows = np.zeros((channels, len(peaks)))
         np.maximum.at(rows, plan.stream.ids[plan.layer.data.name], peaks.T)
@@ -93,13 +128,14 @@ class PlanSplits:
 
     def _widened(self, work: Work, plans: list[LayerPlan]) -> list[LayerPlan]:
         """The plans of the layers that make channels twice."""
-        outputs = {
-            id(layer.node): sources[layer.node.outputs[0].name]
-            for stream, sources in work.widened
-            for layer in (*stream.makers, *stream.depthwise)
-        }
+        found: dict[int, tuple[NDArray[np.int64], NDArray[np.float64] | None]] = {}
+        for wide in work.widened:
+            for layer in wide.stream.makers:
+                found[id(layer.node)] = wide.sources[layer.node.outputs[0].name], wide.gain(layer)
+            for layer in wide.stream.depthwise:  # the share is that of its data already
+                found[id(layer.node)] = wide.sources[layer.node.outputs[0].name], None
         made = []
         for plan in plans:
-            source = outputs.get(id(plan.layer.node))
-            made.append(plan if source is None or plan.declined else replace(plan, outputs=source))
+            outputs, shares = found.get(id(plan.layer.node), (None, None))
+            made.append(plan if outputs is None else replace(plan, outputs=outputs, shares=shares))
         return made

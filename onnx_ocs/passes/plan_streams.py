@@ -23,6 +23,7 @@ class PlanStreams:
 
     ratio: float = 0.02
     fold: str = "auto"
+    aware: bool = True  # copies of data are moved by offsets
     multiples: tuple[int, ...] = ()  # of channels, the best first
     most: float = 0.25  # of the channels, that the multiples may add
     itemsize: int = 4  # bytes of a value as it is gathered
@@ -51,11 +52,11 @@ class PlanStreams:
                 found[key] = replace(plan, copied=stream)
                 continue
             readers = {id(layer.node) for layer in stream.readers}
-            found |= {
-                id(other.layer.node): self._choose(work, other, stream)
-                for other in work.plans
-                if id(other.layer.node) in readers
-            }
+            together = [other for other in work.plans if id(other.layer.node) in readers]
+            refused = self._refused(together, stream)
+            for other in together:
+                made = self._choose(work, other, stream) if refused is None else replace(other, copied=refused)
+                found[id(other.layer.node)] = made
         return [found.get(id(plan.layer.node), plan) for plan in work.plans]
 
     def _may_split(self, plan: LayerPlan) -> bool:
@@ -67,9 +68,22 @@ class PlanStreams:
                 return f"{reader.node.op} {reader.name!r} reads the same channels and is not split"
         return stream
 
+    def _refused(self, plans: list[LayerPlan], stream: Stream) -> str | None:
+        """Why copies that are shares of the data cannot be made where the data is made."""
+        if not any(plan.data_splits for plan in plans):
+            return None
+        if self.aware:
+            return "copies of its data are moved by offsets, which pass no operator (--split naive has none)"
+        if not stream.homogeneous:
+            return "shares of its data do not pass all operators in front of it"
+        name = plans[0].layer.data.name
+        if any(plan.layer.data.name != name or not plan.data_splits for plan in plans):
+            return "the layers of its stream read different tensors, with splits of their own"
+        if len(stream.ids[name]) != stream.channels:
+            return "its features are several of each channel"
+        return None
+
     def _choose(self, work: Work, plan: LayerPlan, stream: Stream) -> LayerPlan:
-        if plan.data_splits:
-            return replace(plan, copied="copies of its data are shares of it, not the same channel twice")
         extra = room(self.ratio, stream.channels, 0, self.multiples, self.most).extra
         gather, fold = self._gather(work, stream, extra), self._fold(work, stream, extra)
         costs = {"gather": gather, "fold": fold}

@@ -5,10 +5,11 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from onnx_ocs.graph.layers import Place, Weight
 from onnx_ocs.graph.streams import Ids, Stream, bias_axis
-from onnx_ocs.passes.base import LayerPlan, Work
+from onnx_ocs.passes.base import LayerPlan, Widened, Work
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,17 @@ class WidenMakers:
     name: ClassVar[str] = "widen-makers"
 
     def apply(self, work: Work) -> list[LayerPlan]:
-        for stream, sources in work.widened:
-            self._visit(work, stream, sources)
+        for wide in work.widened:
+            self._visit(work, wide)
         return work.plans
 
-    def _visit(self, work: Work, stream: Stream, sources: dict[str, Ids]) -> None:
+    def _visit(self, work: Work, wide: Widened) -> None:
+        stream, sources = wide.stream, wide.sources
         edit, scope = work.editor, stream.scope
         for layer in (*stream.makers, *stream.depthwise):
             if (axis := bias_axis(layer)) is not None:
-                self._repeat(work, stream, layer.node, 2, axis, sources[layer.node.outputs[0].name])
+                source = sources[layer.node.outputs[0].name]
+                self._repeat(work, stream, layer.node, 2, axis, source, wide.gain(layer))
         for layer in stream.depthwise:
             edit.set_integer(scope, layer.node, "group", len(sources[layer.node.outputs[0].name]))
         for node, passage in stream.passages:
@@ -41,12 +44,25 @@ class WidenMakers:
                 edit.rewire(node, passage.shape, shape)
         edit.forget_shapes(scope, set(sources))
 
-    def _repeat(self, work: Work, stream: Stream, node: gs.Node, index: int, axis: int, source: Ids) -> None:
-        """The constant input ``index`` with its values along ``axis`` for each channel in ``source``."""
+    def _repeat(
+        self,
+        work: Work,
+        stream: Stream,
+        node: gs.Node,
+        index: int,
+        axis: int,
+        source: Ids,
+        gain: NDArray[np.float64] | None = None,
+    ) -> None:
+        """The constant input ``index`` with its value for each channel of ``source`` on ``axis``, times ``gain``."""
         held = Place(node, stream.scope, work.editor).weight(index)
         assert isinstance(held, Weight)
         values = held.read(work.editor.model)
-        if values.ndim < -axis or values.shape[axis] == 1:
+        if values.ndim >= -axis and values.shape[axis] > 1:
+            values = np.take(values, source, axis)
+        elif gain is None:
             return
-        made = work.editor.constant(stream.scope, f"{held.tensor.name}.wide", np.take(values, source, axis))
+        if gain is not None:
+            values = (values * gain.reshape(-1, *[1] * (-1 - axis))).astype(values.dtype)
+        made = work.editor.constant(stream.scope, f"{held.tensor.name}.wide", values)
         work.editor.rewire(node, index, made)

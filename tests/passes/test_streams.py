@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from onnx_ocs import split
+from onnx_ocs import quantize, split
 from onnx_ocs.graph.streams import RULES
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17]>'
@@ -313,3 +313,55 @@ def test_random_chains_keep_the_function(data):
 
 def _renamed(text, name, fresh):
     return re.sub(rf"(?<![\w]){name}(?![\w=])", fresh, text)
+
+
+HOMOGENEOUS = [
+    "Relu", "LeakyRelu", "Identity", "PRelu", "MaxPool", "AveragePool", "Pad", "Slice", "Resize", "Transpose",
+    "Concat", "depthwise Conv", "Add of two layers", "Mul of a scalar", "residual", "two in a row",
+]  # fmt: skip
+
+
+def calibration():
+    rng = np.random.default_rng(2)
+    return [rng.standard_normal((2, 3, 4, 4)).astype(np.float32) for _ in range(4)]
+
+
+@pytest.mark.parametrize("ratio", [0, 0.3])
+@pytest.mark.parametrize("name", HOMOGENEOUS)
+def test_shares_of_data_pass_in_proportion(name, ratio):
+    """Copies of the data that are halves of it: the layers in front make halves, and no Mul is left."""
+    result = same(conv_chain(CHAINS[name]), split="naive", act_ratio=0.4, ratio=ratio, calibrate=calibration())
+    last = result.report["layers"][-1]
+    if name in ("residual", "two in a row"):
+        return  # streams of several layers that read different tensors are gathered
+    assert last["copies"] == "folded", last["copies_reason"]
+    assert last["act_extra"] > 0
+    assert not {"Gather", "Mul"} & {node.op_type for node in result.model.graph.node} - {CHAINS[name].split()[2]}
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "reason"),
+    [
+        ("Sigmoid", "naive", "do not pass all operators"),
+        ("Add of constants", "naive", "do not pass all operators"),
+        ("BatchNormalization", "naive", "do not pass all operators"),
+        ("Relu", "qa", "offsets, which pass no operator"),
+    ],
+)
+def test_other_shares_of_data_are_gathered(name, how, reason):
+    options = {"act_ratio": 0.4, "calibrate": calibration(), "fold_bn": False}
+    last = same(conv_chain(CHAINS[name]), split=how, **options).report["layers"][-1]
+    assert last["copies"] == "gathered"
+    assert reason in last["copies_reason"]
+
+
+@pytest.mark.parametrize("name", ["Relu", "MaxPool", "depthwise Conv"])
+def test_halves_of_the_data_narrow_its_grid_where_it_is_made(name):
+    """With integer kernels on both sides."""
+    options = {"target": "ort", "calibrate": calibration(), "act_clip": "none", "bits": 7, "first": "same"}
+    text = f"c = Conv <pads=[1,1,1,1]> (x, w1, b1)\n {CHAINS[name]}\n y = Conv (m, wz)"
+    common = {**options, "split": "naive", "max_expand": 1, "verify": False}
+    plain, split_ = (quantize(built(text), act_ratio=ratio, fold="always", **common) for ratio in (0, 0.4))
+    before, after = (result.report["layers"][-1]["act_threshold"] for result in (plain, split_))
+    assert after < before
+    assert not {"Gather", "Mul"} & {node.op_type for node in split_.model.graph.node}
