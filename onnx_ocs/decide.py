@@ -27,7 +27,9 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
     recipe = run.recipe
     select = SelectLayers(recipe.only, recipe.skip, recipe.quantize_ops, recipe.first)
     stored = recipe.bits is not None and not recipe.float
-    grid = ChooseGrid(recipe.bits or 8, recipe.per_channel, recipe.first, _containers(run), stored)
+    grid = ChooseGrid(
+        recipe.bits or 8, recipe.per_channel, recipe.first, _containers(run), recipe.rules.scale_axes, stored
+    )
     work, declined = _found(run, model, select)
     if _raise_opset(run, model, work, grid):
         work, declined = _found(run, model, select)

@@ -43,6 +43,28 @@ def test_the_emitted_resnet_has_the_accuracy_of_an_independent_implementation(as
     assert found == pytest.approx(float(wanted["top1_846"]), abs=2 if "mse" in method else 0.6)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ad01_autoencoder_bn",
+        "cifar10_resnet20",
+        "cifar10_resnet20_bn",
+        "cifar10_vit_ibp_3_3_8",
+        "imagenet_squeezenet1.1",
+        "kws_dscnn",
+        "silero_vad",
+        "vww_mobilenetv1_0.25_96_bn",
+    ],
+)
+def test_folded_and_gathered_copies_give_the_outputs_of_the_source(assets, name):
+    for fold in ("always", "never"):
+        for fold_bn in (True, False):
+            report = split(assets / "models" / f"{name}.onnx", ratio=0.1, fold=fold, fold_bn=fold_bn).report
+            assert report["verification"]["split"]["max_rel_error"] < 1e-5
+            copies = {row["copies"] for row in report["layers"] if row.get("copies")}
+            assert copies <= ({"gathered"} if fold == "never" else {"gathered", "folded"})
+
+
 @pytest.mark.parametrize(("name", "size"), [("cifar10_resnet20", 32), ("imagenet_squeezenet1.1", 224)])
 def test_most_layers_are_split_for_onnxruntime_and_all_run_on_integers(assets, name, size, tmp_path):
     images = np.random.default_rng(0).standard_normal((2, 3, size, size)).astype(np.float32)

@@ -1,6 +1,7 @@
 """On how many bits each layer goes, with how many scales, and in which integer type."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from onnx_ocs.graph.integers import PER_CHANNEL_SINCE, TYPES, narrowest, needed_opset
@@ -17,6 +18,7 @@ class ChooseGrid:
     per_channel: bool = True
     first: str = "int8"
     containers: frozenset[int] = frozenset(TYPES)  # bits of the integer types that there may be
+    scale_axes: Mapping[str, int] = field(default_factory=dict)  # where a runtime takes no other for a scale each
     stored: bool = True  # or the weights stay float, and only the step counts
 
     def apply(self, work: Work) -> list[LayerPlan]:
@@ -47,7 +49,10 @@ class ChooseGrid:
         return narrowest(self._bits(plan), self.containers)
 
     def _per_channel(self, plan: LayerPlan) -> bool:
-        return self.per_channel and plan.layer.output_axis is not None and not _is_refused(plan)
+        layer = plan.layer
+        if not self.per_channel or layer.output_axis is None or _is_refused(plan):
+            return False
+        return self.scale_axes.get(layer.node.op, layer.output_axis) == layer.output_axis
 
 
 def _is_refused(plan: LayerPlan) -> bool:

@@ -1,6 +1,7 @@
 """What a runtime wants of a model with QuantizeLinear and DequantizeLinear nodes."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 VALID = ("opset", "scale-shape", "scale-positive")
 """Rules of the ONNX standard itself, which hold everywhere."""
@@ -34,6 +35,9 @@ class Target:
 
     integer_bias: frozenset[str] = frozenset()
     """Layers whose bias has to be INT32; that of others stays float."""
+
+    scale_axes: Mapping[str, int] = field(default_factory=dict)
+    """The only axis of the weight that a layer may have one scale for each place of; elsewhere it gets one for all."""
 
     skips: frozenset[str] = frozenset()
     """Operators of which one input is quantized: that made first, if a layer makes the other (residual Add)."""

@@ -11,6 +11,7 @@ TARGET = Target(
     skips=frozenset({"Add"}),
     containers=frozenset({8}),  # INT4 in blocks only
     integer_containers=frozenset({8}),
+    scale_axes={"Conv": 0, "ConvTranspose": 1},
     clips_integers=False,
     constant_scales=True,
     symmetric=True,

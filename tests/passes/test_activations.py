@@ -7,7 +7,7 @@ import onnxruntime as ort
 import pytest
 from operators import HEAD, ROWS, UNSPLIT, row_model, with_weights
 
-from onnx_ocs import quantize, split
+from onnx_ocs import lint, quantize, split
 
 INSIDE = {"Loop body", "Scan body", "function"}
 """Rows whose data is made inside of a body or function, where calibration does not see it."""
@@ -63,8 +63,14 @@ def quantized(model, **options):
     return quantize(model, **calibrate, **{**common, **options})
 
 
-@pytest.mark.parametrize("bits", [None, 7])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+CASES = {
+    f"{name}-{bits}": (options, bits)
+    for name, options in OPTIONS.items()
+    for bits in ([7] if "target" in options else [None, 7])
+}
+
+
+@pytest.mark.parametrize(("options", "bits"), CASES.values(), ids=CASES)
 @pytest.mark.parametrize("name", ROWS)
 def test_eight_bit_data_keeps_the_outputs(name, options, bits):
     """Weights of 7 bits, which saturate on no CPU; the first channel is beyond 8 bits of the other channels."""
@@ -83,6 +89,14 @@ def test_eight_bit_data_keeps_the_outputs(name, options, bits):
     for before, after, unoptimized in zip(wanted, found, plain, strict=True):
         assert sqnr(before, after) > 25
         assert sqnr(unoptimized, after) > min(sqnr(before, after) + 10, 100)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", ROWS)
+def test_what_is_written_for_tensorrt_passes_its_lint(name, bits):
+    result = quantized(row_model(name), target="tensorrt", bits=bits, ratio=0.2)
+    outcome = lint(result.model, target="tensorrt")
+    assert not [found for found in outcome.findings if found.severity == "error"]
 
 
 @pytest.mark.parametrize(("split_by", "how"), [("static", "qa"), ("static", "naive"), ("dynamic", "qa")])
