@@ -19,6 +19,8 @@ def result(report: dict[str, Any], target: Path) -> Table:
             table.add_row(f"layers {status}", _reasons(rows))
     if data := _activations(report["layers"]):
         table.add_row("activations", data)
+    if copies := _copies(report["layers"]):
+        table.add_row("copies", copies)
     size, overhead = report["size"], report["overhead"]
     table.add_row(
         "size", f"{_bytes(size['before'])} -> {_bytes(size['after'])} ({size['after'] / max(1, size['before']):.1%})"
@@ -38,6 +40,18 @@ def _reasons(rows: list[dict[str, Any]]) -> str:
     counts = Counter(row["reason"] for row in rows if row["reason"])
     why = "; ".join(f"{reason} ({count})" if len(rows) > 1 else reason for reason, count in counts.most_common())
     return f"{len(rows)}" + (f": {why}" if why else "")
+
+
+def _copies(rows: list[dict[str, Any]]) -> str:
+    """Who makes the copies of channels; empty where there is nothing but one Gather for each layer."""
+    folded = sum(row.get("copies") == "folded" for row in rows)
+    aligned = Counter(row["multiple"] for row in rows if row.get("copies") and row["multiple"] > 1)
+    parts = []
+    if folded:
+        gathered = sum(row.get("copies") == "gathered" for row in rows)
+        parts.append(f"of {folded} layers made by those in front of them, of {gathered} by a Gather")
+    parts += [f"{count} layers have a multiple of {multiple} channels" for multiple, count in sorted(aligned.items())]
+    return "; ".join(parts)
 
 
 def _activations(rows: list[dict[str, Any]]) -> str:
@@ -80,15 +94,36 @@ _FIGURES = (("sqnr_db", ".1f", "dB SQNR"), ("top1_agreement", ".2%", "top-1 agre
 def layers(rows: list[dict[str, Any]]) -> Table:
     """A row for each layer."""
     table = Table(box=None, pad_edge=False)
-    for name in ("layer", "op", "status", "channels", "bits", "SQNR dB", "reason"):
+    for name in ("layer", "op", "status", "channels", "bits", "SQNR dB", "copies", "reason"):
         table.add_column(name, justify="right" if name in ("channels", "bits", "SQNR dB") else "left", overflow="fold")
     for row in rows:
         channels = "" if row["channels"] is None else f"{row['channels']}+{row['extra']}"
         sqnr = "" if row.get("sqnr_db") is None else f"{row['sqnr_db']:.1f}"
         table.add_row(
-            row["name"], row["op"], row["status"], channels, str(row.get("bits") or ""), sqnr, row["reason"] or ""
+            row["name"],
+            row["op"],
+            row["status"],
+            channels,
+            str(row.get("bits") or ""),
+            sqnr,
+            _made(row),
+            _why(row),
         )
     return table
+
+
+def _why(row: dict[str, Any]) -> str:
+    """Why a layer is not split, or not as asked, or not without a Gather."""
+    return "; ".join(row[name] for name in ("reason", "align_reason", "copies_reason") if row.get(name))
+
+
+def _made(row: dict[str, Any]) -> str:
+    """Who makes the copies of a layer, with the estimated cost of both ways in bytes moved and products."""
+    costs = [
+        f"{name}: {figures['bytes']:.3g} B" + (f" + {figures['macs']:.3g} MAC" if figures["macs"] else "")
+        for name, figures in (row.get("costs") or {}).items()
+    ]
+    return " ".join([row.get("copies") or "", f"({'; '.join(costs)})" if costs else ""]).strip()
 
 
 def _bytes(size: int) -> str:
