@@ -166,7 +166,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--saturation-safe",
         action=argparse.BooleanOptionalAction,
-        help="no sum of two products leaves 16 bits, in which x86 without VNNI adds them (on for ort and openvino)",
+        help="no sum of two products leaves 16 bits, in which x86 without VNNI adds them (on, but for tensorrt)",
     )
     parser.add_argument("--split", choices=CHOICES["split"], help=f"how a channel is split ({defaults.split})")
     parser.add_argument(

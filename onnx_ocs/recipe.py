@@ -40,6 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "quantize_ops": ("Conv", "ConvTranspose"),
         "fold": "never",
         "align": 1,
+        "saturation_safe": False,
     }
 }
 """Zhao et al. as they ran it: one scale per tensor, the first layer and the dense layers float."""
