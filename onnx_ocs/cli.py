@@ -95,14 +95,6 @@ def _transform_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--container", choices=CHOICES["container"], help="integer types: the smallest that fits, or int8"
     )
-    parser.add_argument("--target", choices=CHOICES["target"], help="whose rules the Q/DQ nodes follow")
-    parser.add_argument(
-        "--fold",
-        nargs="?",
-        choices=CHOICES["fold"],
-        const="always",
-        help="let the layers in front make the copies of channels (auto: where it pays on the target)",
-    )
     parser.add_argument(
         "--external-data", action="store_true", help="weights into a file beside OUT (always from 2 GB on)"
     )
@@ -114,6 +106,7 @@ def _transform_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--min-sqnr", type=_finite, metavar="DB", help="what the quantized outputs must exceed")
     parser.add_argument("--no-fold-bn", action="store_true", help="leave BatchNormalization nodes as they are")
+    _add_target(parser)
     _add_activations(parser)
     parser.add_argument("--no-verify", action="store_true", help="write the result without running it")
     parser.add_argument(
@@ -151,23 +144,6 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--per-channel", action="store_true", dest="per_channel", help="a scale per output channel (default)"
     )
     grain.add_argument("--per-tensor", action="store_false", dest="per_channel", help="a scale per weight")
-    parser.add_argument(
-        "--align",
-        type=_multiple,
-        metavar="N",
-        help="channels after splitting are a multiple of N; auto: of what the target's integer kernels want (auto)",
-    )
-    parser.add_argument(
-        "--max-expand",
-        type=_magnitude,
-        metavar="X",
-        help=f"share of its channels that alignment may add to a layer ({defaults.max_expand})",
-    )
-    parser.add_argument(
-        "--saturation-safe",
-        action=argparse.BooleanOptionalAction,
-        help="no sum of two products leaves 16 bits, in which x86 without VNNI adds them (on, but for tensorrt)",
-    )
     parser.add_argument("--split", choices=CHOICES["split"], help=f"how a channel is split ({defaults.split})")
     parser.add_argument(
         "--split-policy", choices=CHOICES["split_policy"], help=f"repeated splits ({defaults.split_policy})"
@@ -180,6 +156,37 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--first",
         choices=CHOICES["first"],
         help=f"layers that read a graph input of 4 channels or fewer ({defaults.first})",
+    )
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    """Options of the runtime that the model is for."""
+    defaults = Recipe()
+    group = parser.add_argument_group("the runtime")
+    group.add_argument("--target", choices=CHOICES["target"], help="whose rules the Q/DQ nodes follow")
+    group.add_argument(
+        "--fold",
+        nargs="?",
+        choices=CHOICES["fold"],
+        const="always",
+        help="let the layers in front make the copies of channels (auto: where it pays on the target)",
+    )
+    group.add_argument(
+        "--align",
+        type=_multiple,
+        metavar="N",
+        help="channels after splitting are a multiple of N; auto: of what the target's integer kernels want (auto)",
+    )
+    group.add_argument(
+        "--max-expand",
+        type=_magnitude,
+        metavar="X",
+        help=f"share of its channels that alignment may add to a layer ({defaults.max_expand})",
+    )
+    group.add_argument(
+        "--saturation-safe",
+        action=argparse.BooleanOptionalAction,
+        help="no sum of two products leaves 16 bits, in which x86 without VNNI adds them (on, but for tensorrt)",
     )
 
 

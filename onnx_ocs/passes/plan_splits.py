@@ -1,7 +1,8 @@
 """Which input channels of each layer's weight are split, and into how many copies."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,6 @@ from onnx_ocs.numerics.split import (
 )
 from onnx_ocs.numerics.weights import channel_peaks, choose_splits, no_split
 from onnx_ocs.passes.base import LayerPlan, Widened, Work, unsplit
-from onnx_ocs.passes.plan_streams import groups_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class PlanSplits:
     def apply(self, work: Work) -> list[LayerPlan]:
         plans = [plan if plan.declined else self._unsplit(work, plan) for plan in work.plans]
         open_ = [place for place, plan in enumerate(plans) if not plan.declined and self._is_open(plan)]
-        for group in groups_of([plans[place] for place in open_], self.shared):
+        for group in _groups([plans[place] for place in open_], self.shared):
             places = [open_[at] for at in group]
             for place, plan in zip(places, self._visit(work, [plans[place] for place in places]), strict=True):
                 plans[place] = plan
@@ -139,3 +139,17 @@ class PlanSplits:
             outputs, shares = found.get(id(plan.layer.node), (None, None))
             made.append(plan if outputs is None else replace(plan, outputs=outputs, shares=shares))
         return made
+
+
+def _groups(plans: list[LayerPlan], shared: bool) -> Iterator[list[int]]:
+    """The places of plans whose channels are chosen together: of one stream, or of one tensor."""
+    groups: dict[Any, list[int]] = {}
+    for place, plan in enumerate(plans):
+        layer = plan.layer
+        key: Any = ("alone", place)
+        if plan.stream is not None:
+            key = ("stream", id(plan.stream))
+        elif shared and layer.groups == 1 and not plan.data_splits:
+            key = ("tensor", id(layer.scope), layer.data.name, layer.data_axis)
+        groups.setdefault(key, []).append(place)
+    yield from groups.values()

@@ -1,9 +1,8 @@
 """Which layers get their copies from the layers before them, and which from a Gather."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from onnx_ocs.graph.layers import Layer
 from onnx_ocs.graph.streams import Stream, stream_of
@@ -127,17 +126,3 @@ def _products(work: Work, layer: Layer) -> int:
     inner = layer.node.op in ("Gemm", "MatMul")
     positions = math.prod(size or 1 for size in (out[1:-1] if inner else out[2:]))
     return math.prod(layer.weight.shape) * positions
-
-
-def groups_of(plans: list[LayerPlan], shared: bool) -> Iterator[list[int]]:
-    """The places of plans whose channels are chosen together: of one stream, or of one tensor."""
-    groups: dict[Any, list[int]] = {}
-    for place, plan in enumerate(plans):
-        layer = plan.layer
-        key: Any = ("alone", place)
-        if plan.stream is not None:
-            key = ("stream", id(plan.stream))
-        elif shared and layer.groups == 1 and not plan.data_splits:
-            key = ("tensor", id(layer.scope), layer.data.name, layer.data_axis)
-        groups.setdefault(key, []).append(place)
-    yield from groups.values()

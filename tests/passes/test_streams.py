@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onnx_ocs import quantize, split
-from onnx_ocs.graph.streams import RULES
+from onnx_ocs.graph.passages import RULES
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17]>'
 C = 6
