@@ -118,7 +118,7 @@ def resolve(
     for negative, positive in (("per_tensor", "per_channel"), ("no_verify", "verify"), ("no_fold_bn", "fold_bn")):
         if negative in given:
             given[positive] = not given.pop(negative)
-    for name in ("bits", "act_bits"):
+    for name in ("bits", "act_bits", "block"):
         if given.get(name) == "none":
             given[name] = None
     stored = stored_recipe(Path(recipe)) if isinstance(recipe, str | Path) else recipe

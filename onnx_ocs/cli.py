@@ -144,6 +144,12 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--per-channel", action="store_true", dest="per_channel", help="a scale per output channel (default)"
     )
     grain.add_argument("--per-tensor", action="store_false", dest="per_channel", help="a scale per weight")
+    parser.add_argument(
+        "--block",
+        type=_block,
+        metavar="N",
+        help="weights of MatMul and Gemm: a scale for each N input channels and each output channel, or none (none)",
+    )
     parser.add_argument("--split", choices=CHOICES["split"], help=f"how a channel is split ({defaults.split})")
     parser.add_argument(
         "--split-policy", choices=CHOICES["split_policy"], help=f"repeated splits ({defaults.split_policy})"
@@ -242,6 +248,15 @@ def _bits(text: str) -> int | None:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of bits") from None
+
+
+def _block(text: str) -> int | None:
+    if text == "none":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of input channels") from None
 
 
 def _multiple(text: str) -> int | str:

@@ -15,6 +15,7 @@ from onnx_ocs.passes.choose_steps import ChooseSteps
 from onnx_ocs.passes.fold_batch_normalization import FoldBatchNormalization
 from onnx_ocs.passes.place_tensors import PlaceTensors
 from onnx_ocs.passes.plan_activations import UNCOVERED, PlanActivations
+from onnx_ocs.passes.plan_blocks import PlanBlocks
 from onnx_ocs.passes.plan_splits import PlanSplits
 from onnx_ocs.passes.plan_streams import PlanStreams
 from onnx_ocs.passes.select_layers import SelectLayers
@@ -27,14 +28,21 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
     recipe = run.recipe
     select = SelectLayers(recipe.only, recipe.skip, recipe.quantize_ops, recipe.first)
     stored = recipe.bits is not None and not recipe.float
+    blocks = _blocks(run)
     grid = ChooseGrid(
-        recipe.bits or 8, recipe.per_channel, recipe.first, _containers(run), recipe.rules.scale_axes, stored
+        recipe.bits or 8,
+        recipe.per_channel,
+        recipe.first,
+        _containers(run),
+        blocks.containers,
+        recipe.rules.scale_axes,
+        stored,
     )
-    work, declined = _found(run, model, select)
-    if _raise_opset(run, model, work, grid):
-        work, declined = _found(run, model, select)
+    work, declined = _found(run, model, select, blocks)
+    if _raise_opset(run, model, work, grid, blocks):
+        work, declined = _found(run, model, select, blocks)
     if recipe.fold_bn and _fold(run, model, work):
-        work, declined = _found(run, model, select)
+        work, declined = _found(run, model, select, blocks)
     work.statistics = _statistics(run, model, work) if recipe.calibrates else {}
     dynamic = recipe.act_split == "dynamic"
     acts = recipe.act_bits if not recipe.float or recipe.act_ratio else None
@@ -53,11 +61,14 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
             weights,
             *limits,
             shared=recipe.target != "generic" or recipe.folds != "never",
+            whole_blocks=recipe.rules.whole_blocks,
         ),
         *([ChooseSteps(recipe.clip, recipe.safe, recipe.split == "qa")] if weights else []),
     ]
     for step in steps:
         work.plans = step.apply(work)
+    if blocks.block is not None and not any(plan.block for plan in work.plans):
+        run.notes.append("no weight has a scale for each block (--block)")
     if uncovered := sum(plan.float_data == UNCOVERED for plan in work.plans):
         run.notes.append(
             f"{UNCOVERED} of {uncovered} layers, which stays float; calibrate again without --only and --skip"
@@ -76,6 +87,19 @@ def _containers(run: Run) -> frozenset[int]:
     rules = run.recipe.rules
     allowed = rules.containers & rules.integer_containers if run.recipe.act_bits is not None else rules.containers
     return allowed if run.narrow else frozenset({8})
+
+
+def _blocks(run: Run) -> PlanBlocks:
+    """Whose weights have a scale for each block."""
+    recipe, rules = run.recipe, run.recipe.rules
+    where, containers = f"target {recipe.target}", rules.block_containers
+    if recipe.act_bits is not None and 8 in containers:
+        where, containers = f"{where} with quantized activations", containers - {8}
+    if recipe.container == "int8":
+        where, containers = f"{where} with --container int8", containers & {8}
+    narrow = run.narrow or recipe.container == "int8" or recipe.float
+    block = recipe.block if narrow else None
+    return PlanBlocks(block, recipe.bits or 8, recipe.first, containers, rules.whole_blocks, not recipe.float, where)
 
 
 def _statistics(run: Run, model: Model, work: Work) -> calibrate.Seen:
@@ -115,20 +139,22 @@ def _fold(run: Run, model: Model, work: Work) -> int:
     return folded
 
 
-def _found(run: Run, model: Model, select: SelectLayers) -> tuple[Work, list[Declined]]:
+def _found(run: Run, model: Model, select: SelectLayers, blocks: PlanBlocks) -> tuple[Work, list[Declined]]:
     found = find_layers(editor := Editor(model))
     layers = [item for item in found if isinstance(item, Layer)]
     observe = run.recipe.calibrates
     work = Work(editor, [LayerPlan(layer, observed(editor, layer) if observe else None) for layer in layers])
     work.plans = select.apply(work)
+    work.plans = blocks.apply(work)
     if observe and not run.recipe.float and run.recipe.bits is not None:
         work.plans = PlaceTensors(run.recipe.rules).apply(work)
     return work, [item for item in found if isinstance(item, Declined)]
 
 
-def _raise_opset(run: Run, model: Model, work: Work, grid: ChooseGrid) -> bool:
+def _raise_opset(run: Run, model: Model, work: Work, grid: ChooseGrid, blocks: PlanBlocks) -> bool:
     """Raise the opset as far as the layers need it and onnx's converter can; whether it was raised."""
-    wanted = [plan for plan in work.plans if not plan.declined and not plan.layer.weight.home.is_function]
+    plans = [plan for plan in work.plans if not plan.declined and not plan.layer.weight.home.is_function]
+    wanted = [blocks.wanted(plan) for plan in plans]
     now, least = model.opset(), OPSET if run.recipe.act_bits is not None else 0
     needed = {max(opset, least) for plan in wanted for opset in (grid.opsets(plan) if grid.stored else [0])}
     for target in sorted((opset for opset in needed if opset > now), reverse=True):

@@ -60,6 +60,7 @@ class Recipe:
     ratio: Number = 0.02
     clip: str = "none"
     per_channel: bool = True
+    block: int | None = None
     split: str = "qa"
     split_policy: str = "even"
     float: bool = False
@@ -115,6 +116,12 @@ class Recipe:
                 raise ValueError(f"{name.replace('_', '-')} must be none or one of {widths}, not {value}")
         if self.saturation_safe not in (None, True, False):
             raise ValueError(f"saturation-safe must be true or false, not {self.saturation_safe!r}")
+        if self.block is not None and (
+            isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 2
+        ):
+            raise ValueError(f"block must be a whole number of at least 2 input channels, not {self.block!r}")
+        if self.block is not None and self.bits is None and not self.float:
+            raise ValueError("block gives weights a scale for each block, and with bits none they stay float")
         if self.align != "auto" and (isinstance(self.align, bool) or not isinstance(self.align, int) or self.align < 1):
             raise ValueError(f"align must be auto or a whole number of at least 1, not {self.align!r}")
         for name in ("ratio", "act_ratio", "max_expand"):

@@ -33,12 +33,25 @@ def _row(plan: LayerPlan, is_float: bool) -> dict[str, Any]:
         **_copies(plan),
         "bits": plan.bits,
         "storage": plan.storage,
-        "granularity": "channel" if plan.per_channel else "tensor",
-        "threshold": None if plan.threshold is None else [float(value) for value in plan.threshold.reshape(-1)],
+        "granularity": "block" if plan.block is not None else "channel" if plan.per_channel else "tensor",
+        "block": plan.block,
+        "block_reason": plan.block_reason,
+        "threshold": _threshold(plan),
         "narrowed": plan.narrowed,
         "sqnr_db": plan.sqnr_db,
         **_activation(plan, is_float),
     }
+
+
+def _threshold(plan: LayerPlan) -> list[float] | None:
+    """One, or that of each output channel; of blocks the largest."""
+    threshold = plan.threshold
+    if threshold is None:
+        return None
+    if plan.block is not None:
+        inner = [axis for axis in range(threshold.ndim) if axis != plan.layer.output_axis]
+        threshold = threshold.max(axis=tuple(inner))
+    return [float(value) for value in threshold.reshape(-1)]
 
 
 def _copies(plan: LayerPlan) -> dict[str, Any]:

@@ -325,12 +325,20 @@ class Editor:
         return self.node(scope, "Cast", [data], f"{data.name}.cast", before, to=wanted)
 
     def dequantize(
-        self, scope: Scope, integers: onnx.TensorProto, step: NDArray[np.float32], axis: int, like: int, before: gs.Node
+        self,
+        scope: Scope,
+        integers: onnx.TensorProto,
+        step: NDArray[np.float32],
+        axis: int,
+        like: int,
+        before: gs.Node,
+        block: int | None = None,
     ) -> gs.Variable:
         """A constant of integers and the DequantizeLinear that reads it, in the element type ``like``.
 
         Args:
-            step: () for one scale, (n,) for one along ``axis``.
+            step: () for one scale, (n,) for one along ``axis``; as many dimensions as ``integers`` for one for each
+                ``block`` along it.
         """
         name = integers.name
         zeros = self.model.tensor("", integers.data_type, step.shape, bytes(_bytes_of(integers.data_type, step.size)))
@@ -340,6 +348,7 @@ class Editor:
             self.constant(scope, f"{name}.zero_point", tensor=zeros),
         ]
         attributes = {"axis": axis} if step.ndim else {}
+        attributes |= {"block_size": block} if block is not None else {}
         output = self.node(scope, "DequantizeLinear", inputs, f"{name}.dequantized", before, **attributes)
         return self.cast(scope, output, onnx.TensorProto.FLOAT, like, before)
 

@@ -15,6 +15,12 @@ SINCE = {8: 10, 4: 21, 2: 25}
 PER_CHANNEL_SINCE = 13
 """The first opset in which DequantizeLinear takes one scale for each channel."""
 
+BLOCKS_SINCE = 21
+"""The first opset in which DequantizeLinear takes one scale for each block along an axis."""
+
+TWO_BIT_COLUMNS = 4
+"""onnxruntime 1.32 computes MatMulNBits of 2 bits wrongly where the outputs are no multiple of this."""
+
 
 def narrowest(bits: int, among: Collection[int] = tuple(TYPES)) -> int:
     """The width of the smallest type that holds ``bits`` bits."""

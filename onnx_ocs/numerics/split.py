@@ -133,6 +133,48 @@ def arranged(plan: SplitPlan, source: NDArray[np.int64]) -> SplitPlan:
     return SplitPlan(plan.source[place], plan.denominator[place], plan.phase[place])
 
 
+def in_blocks(plan: SplitPlan, block: int) -> SplitPlan:
+    """``plan`` in an order in which the copies of a channel stand together in one block of ``block``.
+
+    A block has a scale of its own, and the integers of a channel can be dealt out exactly (Equation 8) only among
+    copies with one scale. So channels with the most copies choose their places first, as near as possible to where they
+    would stand in the order of the source, and single channels fill the rest; nothing is padded. Copies for which no
+    block has room (more of them than a block holds, or too few single channels to fill it up) stand in neighbouring
+    blocks, which then need one scale together (:func:`joint_blocks`).
+    """
+    copies = np.bincount(plan.source, minlength=plan.channels)
+    length = len(plan.source)
+    free = np.full(-(-length // block), block)
+    free[-1] -= len(free) * block - length
+    home = (np.cumsum(copies) - copies) // block
+    members: list[list[int]] = [[] for _ in free]
+    rest = np.ones(plan.channels, bool)
+    for channel in sorted(np.flatnonzero(copies > 1).tolist(), key=lambda at: -copies[at]):
+        fitting = np.flatnonzero(free >= copies[channel])
+        if fitting.size:
+            at = fitting[np.abs(fitting - home[channel]).argmin()]
+            free[at] -= copies[channel]
+            members[at].append(channel)
+            rest[channel] = False
+    left = np.repeat(np.arange(plan.channels), copies * rest)
+    parts = np.split(left, np.cumsum(free)[:-1])
+    placed = [np.repeat(held, copies[held]) for held in (np.array(sorted(each), np.int64) for each in members)]
+    return arranged(plan, np.concatenate([part for pair in zip(placed, parts, strict=True) for part in pair]))
+
+
+def joint_blocks(plan: SplitPlan, block: int) -> NDArray[np.int64]:
+    """(blocks,), for each block the first of those that need one scale with it, since copies of a channel link them."""
+    places = np.arange(len(plan.source)) // block
+    first = np.full(plan.channels, len(places))
+    np.minimum.at(first, plan.source, places)
+    label = np.arange(-(-len(places) // block))
+    for place, other in {*zip(places.tolist(), first[plan.source].tolist(), strict=True)}:
+        if label[place] != label[other]:
+            one, both = sorted((label[place], label[other]))
+            label[label == both] = one
+    return label
+
+
 def extra_channels(ratio: float, channels: int) -> int:
     """``ceil(ratio * channels)``, by the decimal digits of ``ratio`` (0.07 * 100 is 7, not 7.000000000000001)."""
     if not 0 <= ratio <= 1:
@@ -188,6 +230,42 @@ def copies_per_row(peaks: NDArray[np.floating], extra: int, policy: str = "even"
     return copies
 
 
+def copies_per_block(peaks: NDArray[np.floating], extra: int, block: int, policy: str = "even") -> NDArray[np.int64]:
+    """As :func:`copies_per_row` where each output channel has a threshold for each ``block`` input channels.
+
+    The thresholds of one block do not depend on the others, so the best split of each block competes with those of the
+    other blocks. Blocks are those before the split; the copies move their borders a little.
+    """
+    outputs, channels = peaks.shape
+    copies = np.ones(channels, np.int64)
+    largest = peaks.max(axis=0)
+    divisors = _divisors(policy, extra + 2).astype(peaks.dtype)
+
+    def best(start: int) -> tuple[float, int]:
+        """The most that a split in the block from ``start`` on lowers its squared thresholds, and of which channel."""
+        here = slice(start, start + block)
+        top, first, second = _leaders(peaks[:, here] / divisors[copies[here] - 1])
+        then = peaks[np.arange(outputs), start + top] / divisors[copies[start + top]]
+        lowered = np.square(first, dtype=np.float64) - np.square(np.maximum(then, second), dtype=np.float64)
+        gain = np.bincount(top, lowered)
+        return -float(gain.max()), start + int(gain.argmax())
+
+    heap = [best(start) for start in range(0, channels, block)] if extra else []
+    heapq.heapify(heap)
+    for _ in range(extra):
+        gain, channel = heap[0]
+        if gain < 0:
+            copies[channel] += 1
+            heapq.heapreplace(heap, best(channel // block * block))
+            continue
+        channel = int(np.argmax(largest / divisors[copies - 1]))
+        copies[channel] += 1
+        start = channel // block * block
+        heap = [best(start) if other // block * block == start else (low, other) for low, other in heap]
+        heapq.heapify(heap)
+    return copies
+
+
 def _divisors(policy: str, most: int) -> NDArray[np.int64]:
     """(most,), for n copies from 1 on, what the largest magnitude is divided by with n copies: entry n - 1."""
     return np.array([divisor(number, policy) for number in range(1, most + 1)])
@@ -212,7 +290,7 @@ def expand(values: NDArray[Any], plan: SplitPlan, axis: int, step: NDArray[np.fl
     Args:
         values: weights.
         step: of the grid, in a shape that broadcasts to ``values``: adds the offsets of quantization-aware splitting,
-            which sum to 0; none for naive splitting.
+            which sum to 0; none for naive splitting. Along ``axis`` it may differ, since copies share their channel's.
     """
     axis %= values.ndim
     out = values.take(plan.source, axis)
@@ -220,7 +298,8 @@ def expand(values: NDArray[Any], plan: SplitPlan, axis: int, step: NDArray[np.fl
     there = (slice(None),) * axis + (split,)
     share = values.take(plan.source[split], axis).astype(np.float64) * along(plan.gain[split], axis, values.ndim)
     if step is not None:
-        share += along(plan.offset[split], axis, values.ndim) * step
+        here = step.take(plan.source[split], axis) if step.ndim and step.shape[axis] > 1 else step
+        share += along(plan.offset[split], axis, values.ndim) * here
     out[there] = share.astype(values.dtype)
     return out
 

@@ -19,14 +19,18 @@ from onnx_ocs.numerics.split import (
     deal,
     expand,
     joined,
+    joint_blocks,
     plan_splits,
     recombine,
 )
 
+BLOCKS = 2**10
+"""Blocks whose thresholds are chosen at a time, so that their histograms take 16 MB."""
+
 
 @dataclass(frozen=True)
 class Axes:
-    """Where the channels of a weight lie.
+    """Where the channels of a weight lie, and how many of its input channels share a scale: all of them, or ``block``.
 
     With groups one of the two axes holds the channels of all groups, one behind the other: the output axis (Conv),
     or the input axis if ``groups_on_input`` (ConvTranspose).
@@ -36,6 +40,7 @@ class Axes:
     output: int | None
     groups: int = 1
     groups_on_input: bool = False
+    block: int | None = None
 
 
 def channel_peaks(weight: NDArray[Any], axes: Axes) -> NDArray[np.floating]:
@@ -105,7 +110,12 @@ def choose_threshold(
     clip: str,
     bits: int,
 ) -> NDArray[np.float64]:
-    """T by the clip method ``clip`` over the shares of the split weight: (), or (outputs,) with a scale for each."""
+    """T by the clip method ``clip`` over the shares of the split weight: (), or (outputs,) with a scale for each.
+
+    In blocks it is of the shape of the split weight, with a block for each ``axes.block`` input channels.
+    """
+    if axes.block is not None:
+        return _block_thresholds(weight, plans[0], axes.input, axes.block, clip, bits)
     output = axes.output if per_channel else None
     if clip == "none":
         return _largest_shares(channel_peaks(weight, axes), plans, axes, output is not None)
@@ -113,6 +123,30 @@ def choose_threshold(
     rows = shares.reshape(1, -1) if output is None else np.moveaxis(shares, output, 0).reshape(shares.shape[output], -1)
     found = thresholds(histogram(rows), clip, bits)
     return found[0] if output is None else found
+
+
+def _block_thresholds(
+    weight: NDArray[Any], plan: SplitPlan, axis: int, block: int, clip: str, bits: int
+) -> NDArray[np.float64]:
+    """T of each block along ``axis``; blocks that hold copies of one channel have the largest of theirs together."""
+    shares = np.moveaxis(expand(weight, plan, axis), axis, -1)
+    length = shares.shape[-1]
+    found = np.empty((*shares.shape[:-1], -(-length // block)))
+    if clip == "none":
+        found[...] = np.maximum.reduceat(np.abs(shares), range(0, length, block), axis=-1)
+    else:
+        whole = length // block * block
+        rows = shares[..., :whole].reshape(-1, block)
+        made = [thresholds(histogram(rows[at : at + BLOCKS]), clip, bits) for at in range(0, len(rows), BLOCKS)]
+        if whole:
+            found[..., : whole // block] = np.concatenate(made).reshape(*shares.shape[:-1], -1)
+        if whole < length:
+            rest = shares[..., whole:].reshape(-1, length - whole)
+            found[..., -1] = thresholds(histogram(rest), clip, bits).reshape(shares.shape[:-1])
+    label = joint_blocks(plan, block)
+    for first in np.flatnonzero(np.bincount(label) > 1):
+        found[..., label == first] = found[..., label == first].max(axis=-1, keepdims=True)
+    return np.moveaxis(found, -1, axis)
 
 
 def _largest_shares(
@@ -127,8 +161,16 @@ def _largest_shares(
     return shares.max(axis=0) if axes.groups_on_input else shares.reshape(-1)
 
 
-def shaped_step(step: NDArray[np.float32], axes: Axes, ndim: int) -> NDArray[np.float32]:
-    """One step, or one for each output channel, in the shape that broadcasts to the weight."""
+def shaped_step(step: NDArray[np.float32], axes: Axes, ndim: int, plans: tuple[SplitPlan, ...]) -> NDArray[np.float32]:
+    """One step, or one for each output channel, in the shape that broadcasts to the weight.
+
+    Of blocks the steps stand at the channels of the source: all copies of one have the same.
+    """
+    if axes.block is not None:
+        (plan,) = plans
+        block = np.empty(plan.channels, np.int64)
+        block[plan.source] = np.arange(len(plan.source)) // axes.block
+        return step.take(block, axes.input)
     if step.ndim == 0:
         return step.reshape((1,) * ndim)
     assert axes.output is not None
@@ -141,7 +183,7 @@ def split_floats(
     """The weight with its split channels; with the offsets of quantization-aware splitting if there is a ``step``."""
     if step is None:
         return by_group(lambda plan, part: expand(part, plan, axes.input), plans, axes, weight)
-    wide = shaped_step(step, axes, weight.ndim)
+    wide = shaped_step(step, axes, weight.ndim, plans)
     return by_group(lambda plan, part, steps: expand(part, plan, axes.input, steps), plans, axes, weight, wide)
 
 
@@ -154,7 +196,7 @@ def split_integers(
     out to the copies (Equation 8); naive splitting rounds each share by itself.
     """
     grid = Grid(bits)
-    wide = shaped_step(step, axes, weight.ndim)
+    wide = shaped_step(step, axes, weight.ndim, plans)
     energy = [0.0, 0.0]
 
     def aware_part(plan: SplitPlan, part: NDArray[Any], steps: NDArray[np.float32]) -> NDArray[np.int8]:
@@ -163,6 +205,7 @@ def split_integers(
 
     def naive_part(plan: SplitPlan, part: NDArray[Any], steps: NDArray[np.float32]) -> NDArray[np.int8]:
         shares = expand(part.astype(np.float64), plan, axes.input)
+        steps = steps.take(plan.source, axes.input) if axes.block is not None else steps
         rounded = np.clip(nearest(shares, steps), -grid.levels, grid.levels)
         whole = recombine(rounded * steps, plan, axes.input)
         energy[0] += float(np.sum(np.square(part, dtype=np.float64)))

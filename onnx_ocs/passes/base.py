@@ -84,9 +84,12 @@ class LayerPlan:
     splits: tuple[SplitPlan, ...] = ()  # of the weight; one, or one for each group
     bits: int | None = None
     per_channel: bool = False
+    block: int | None = None  # input channels that have a scale for each output channel; none: all of them
+    turned: bool = False  # the weight is stored with its two axes exchanged, and the layer reads it so
+    block_reason: str | None = None  # why there are no blocks
     storage: int = 8  # bits of the integer type
-    threshold: NDArray[np.float64] | None = None  # () or (outputs,)
-    step: NDArray[np.float32] | None = None  # () or (outputs,)
+    threshold: NDArray[np.float64] | None = None  # () or (outputs,); in blocks as Axes has it
+    step: NDArray[np.float32] | None = None  # of the same shape
     narrowed: int = 0  # thresholds that were raised, so that no sum of two products saturates
     sqnr_db: float | None = None  # of the weight that was written
     activation: ActivationPlan | None = None
@@ -104,7 +107,7 @@ class LayerPlan:
     def axes(self) -> Axes:
         layer = self.layer
         groups = layer.groups if self.outputs is None or layer.groups == 1 else len(self.outputs)
-        return Axes(layer.input_axis, layer.output_axis, groups, layer.groups_on_input)
+        return Axes(layer.input_axis, layer.output_axis, groups, layer.groups_on_input, self.block)
 
     @property
     def extra(self) -> int:
@@ -141,7 +144,7 @@ class LayerPlan:
         )
         step = b"" if self.step is None else self.step.tobytes()
         outputs = tuple(b"" if part is None else part.tobytes() for part in (self.outputs, self.shares))
-        return (self.layer.weight.key, self.axes, outputs, splits, self.bits, self.per_channel, step)
+        return (self.layer.weight.key, self.axes, self.turned, outputs, splits, self.bits, self.per_channel, step)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,6 +212,11 @@ def is_first(plan: LayerPlan) -> bool:
             return False
         tensor = running[0]
     return any(tensor is source for source in plan.layer.scope.graph.inputs)
+
+
+def weight_bits(plan: LayerPlan, bits: int, first: str) -> int:
+    """The bits of a layer's weight, where others have ``bits``."""
+    return FIRST_LAYER_BITS if first == "int8" and is_first(plan) else bits
 
 
 def unsplit(plan: LayerPlan, ratio: float) -> str | None:

@@ -59,6 +59,7 @@ class _Placement:
     def _takes_part(self, plan: LayerPlan) -> bool:
         return (
             not plan.declined
+            and plan.float_data is None
             and plan.layer.scope is self._main
             and plan.layer.weight.data_type == onnx.TensorProto.FLOAT
             and plan.observed is not None

@@ -36,6 +36,8 @@ class PlanActivations:
         return [plan if plan.declined else self._visit(work, plan) for plan in work.plans]
 
     def _visit(self, work: Work, plan: LayerPlan) -> LayerPlan:
+        if plan.float_data is not None:
+            return plan
         scope = plan.layer.scope
         if scope.opset < OPSET:
             return replace(plan, float_data=f"its graph stays at opset {scope.opset}, and quantized data needs {OPSET}")

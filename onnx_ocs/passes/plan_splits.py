@@ -12,8 +12,10 @@ from onnx_ocs.numerics.cost import Room, room
 from onnx_ocs.numerics.split import (
     SplitPlan,
     arranged,
+    copies_per_block,
     copies_per_row,
     copies_per_tensor,
+    in_blocks,
     joined,
     matching,
     plan_splits,
@@ -38,6 +40,7 @@ class PlanSplits:
     multiples: tuple[int, ...] = ()  # of channels, the best first
     most: float = 0.25  # of the channels, that the multiples may add
     shared: bool = False
+    whole_blocks: bool = False  # copies are as many as fill whole blocks
 
     def apply(self, work: Work) -> list[LayerPlan]:
         plans = [plan if plan.declined else self._unsplit(work, plan) for plan in work.plans]
@@ -64,18 +67,20 @@ class PlanSplits:
         stream, layer = first.stream, first.layer
         channels = stream.channels if stream else layer.channels // layer.groups
         copied = 0 if first.activation is None else first.activation.extra // layer.groups
-        chosen = room(self.ratio, channels, copied, self.multiples, self.most)
+        block = next((plan.block for plan in plans if plan.block is not None), None)
+        chosen = self._room(channels, copied, block)
         if not chosen.extra and not (stream and first.data_splits):
             return [replace(plan, reason=chosen.reason, room=chosen, stream=None) for plan in plans]
-        if len(plans) == 1 and stream is None:
+        if len(plans) == 1 and stream is None and block is None:
             peaks = channel_peaks(work.values(first), first.axes)
             splits = choose_splits(peaks, chosen.extra, first.per_channel, self.policy, first.axes.groups_on_input)
             return [replace(first, splits=splits, room=chosen)]
         if stream is not None and first.data_splits:
             return self._shared_out(work, plans, stream, chosen)
-        copies = self._copies(work, plans, channels, chosen.extra)
+        copies = self._copies(work, plans, channels, chosen.extra, block)
         if stream is None:
             split = plan_splits(copies, self.policy)
+            split = split if block is None else in_blocks(split, block)
             return [replace(plan, splits=(split,), room=chosen) for plan in plans]
         work.widened.append(Widened(stream, stream.sources(copies)))
         return [replace(plan, splits=(self._arranged(work, plan, copies),), room=chosen) for plan in plans]
@@ -84,7 +89,7 @@ class PlanSplits:
         """Copies that are shares of the data, which all ``plans`` read, and of them again copies for the weights."""
         name, data = plans[0].layer.data.name, joined(list(plans[0].data_splits))
         ids = stream.ids[name]
-        copies = self._copies(work, plans, len(data.source), chosen.extra)
+        copies = self._copies(work, plans, len(data.source), chosen.extra, None)
         split = plan_splits(copies, self.policy)
         whole = np.zeros(stream.channels, np.int64)
         np.add.at(whole, ids[data.source[split.source]], 1)
@@ -101,16 +106,28 @@ class PlanSplits:
         work.widened.append(Widened(stream, sources, gains))
         return [replace(plan, splits=(made,), room=chosen) for plan in plans]
 
+    def _room(self, channels: int, copied: int, block: int | None) -> Room:
+        if block is None or not self.whole_blocks:
+            return room(self.ratio, channels, copied, self.multiples, self.most)
+        chosen = room(self.ratio, channels, copied, (block,), self.most)
+        if (channels + chosen.extra) % block == 0:
+            return chosen
+        return Room(0, 1, f"a block of {block} copies is too many for {channels} channels (--max-expand)")
+
     def _arranged(self, work: Work, plan: LayerPlan, copies: NDArray[np.int64]) -> SplitPlan:
         widened, name = work.widened[-1], plan.layer.data.name
         return arranged(plan_splits(copies[widened.stream.ids[name]], self.policy), widened.sources[name])
 
-    def _copies(self, work: Work, plans: list[LayerPlan], channels: int, extra: int) -> NDArray[np.int64]:
+    def _copies(
+        self, work: Work, plans: list[LayerPlan], channels: int, extra: int, block: int | None
+    ) -> NDArray[np.int64]:
         """How often each channel is to stand, for several layers that read it."""
         rows = [self._rows(work, plan, channels) for plan in plans]
         if len(rows) > 1:
             rows = [peaks / max(np.sqrt(np.square(peaks.max(axis=1)).sum()), np.finfo(float).tiny) for peaks in rows]
         joint = np.concatenate(rows)
+        if block is not None:
+            return copies_per_block(joint, extra, block, self.policy)
         if any(plan.per_channel for plan in plans):
             return copies_per_row(joint, extra, self.policy)
         return copies_per_tensor(joint.max(axis=0), extra, self.policy)
@@ -118,7 +135,7 @@ class PlanSplits:
     def _rows(self, work: Work, plan: LayerPlan, channels: int) -> NDArray[np.float64]:
         """The peaks of each scale of a layer in each channel of the stream or tensor."""
         (peaks,) = channel_peaks(work.values(plan), plan.axes)
-        if not plan.per_channel:
+        if not plan.per_channel and plan.block is None:
             peaks = peaks.max(axis=0, keepdims=True)
         if plan.stream is None or plan.data_splits:
             return peaks.astype(np.float64)

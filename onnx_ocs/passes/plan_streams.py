@@ -36,7 +36,7 @@ class PlanStreams:
         layers = {
             id(plan.layer.node): plan.layer
             for plan in work.plans
-            if not plan.declined and nodes.count(id(plan.layer.node)) == 1
+            if self._may_widen(plan) and nodes.count(id(plan.layer.node)) == 1
         }
         splittable = {id(plan.layer.node) for plan in work.plans if self._may_split(plan)}
         found: dict[int, LayerPlan] = {}
@@ -59,7 +59,12 @@ class PlanStreams:
         return [found.get(id(plan.layer.node), plan) for plan in work.plans]
 
     def _may_split(self, plan: LayerPlan) -> bool:
-        return not plan.declined and unsplit(plan, self.ratio) is None
+        return not plan.declined and plan.block is None and unsplit(plan, self.ratio) is None
+
+    def _may_widen(self, plan: LayerPlan) -> bool:
+        """Not where the type or the blocks of the weight were chosen by the number of its outputs."""
+        two_bits = plan.storage == 2 and plan.layer.node.op in ("MatMul", "Gemm")
+        return not plan.declined and plan.block is None and not two_bits
 
     def _usable(self, stream: Stream, splittable: set[int]) -> Stream | str:
         for reader in stream.readers:

@@ -31,6 +31,8 @@ class QuantizeWeights:
             made[plan.key] = self._dequantized(work, plan, readers)
         read, sqnr = made[plan.key]
         edit.rewire(*(plan.reader or (layer.node, layer.weight_input)), read)
+        if plan.turned:
+            edit.set_integer(layer.scope, layer.node, "transB", 0)
         return replace(plan, sqnr_db=sqnr)
 
     def _dequantized(self, work: Work, plan: LayerPlan, readers: int) -> tuple[gs.Variable, float]:
@@ -38,10 +40,14 @@ class QuantizeWeights:
         assert plan.step is not None
         assert plan.bits is not None
         integers, sqnr = split_integers(work.values(plan), plan.splits, plan.axes, plan.step, plan.bits, self.aware)
+        step = plan.step
+        if plan.turned:
+            integers, step = integers.T, step.T
         name, width = layer.weight.tensor.name, plan.storage
         tensor = edit.model.tensor(name, TYPES[width], integers.shape, packed(integers, width))
         home = layer.weight.home
         reader = plan.reader[0] if plan.reader else layer.node
         before = layer.scope.within(home, reader) if readers == 1 else home.graph.nodes[0]
-        axis = layer.output_axis or 0
-        return edit.dequantize(home, tensor, plan.step, axis, layer.weight.data_type, before), sqnr
+        axis = (layer.output_axis or 0) if plan.block is None else layer.input_axis
+        axis = 1 - axis if plan.turned else axis
+        return edit.dequantize(home, tensor, step, axis, layer.weight.data_type, before, plan.block), sqnr

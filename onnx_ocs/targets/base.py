@@ -48,6 +48,12 @@ class Target:
     integer_containers: frozenset[int] = frozenset({8, 4, 2})
     """Those of weights that its integer kernels take, where the data is quantized as well."""
 
+    block_containers: frozenset[int] = frozenset({8, 4, 2})
+    """Those of weights with a scale for each block, beside float data."""
+
+    whole_blocks: bool = False
+    """Whether such weights have two dimensions, blocks that are whole, and an even last dimension."""
+
     gathers_integers: bool = False
     """Whether copies of channels are taken from the integers, or from the floats in front of them."""
 

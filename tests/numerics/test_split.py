@@ -10,12 +10,16 @@ from hypothesis import strategies as st
 
 from onnx_ocs.numerics.split import (
     POLICIES,
+    copies_per_block,
     copies_per_row,
     copies_per_tensor,
     deal,
+    divisor,
     expand,
     extra_channels,
+    in_blocks,
     joined,
+    joint_blocks,
     plan_splits,
     recombine,
 )
@@ -136,3 +140,68 @@ def test_a_ratio_out_of_range_is_an_error(ratio):
 def test_the_plan_of_groups_keeps_each_group_together():
     plan = joined([plan_splits(np.array([2, 1])), plan_splits(np.array([1, 3]))])
     np.testing.assert_array_equal(plan.source, [0, 1, 0, 2, 3, 3, 3])
+
+
+@st.composite
+def plans(draw):
+    copies = np.array(draw(st.lists(st.integers(1, 5), min_size=1, max_size=40)))
+    return plan_splits(copies, draw(st.sampled_from(sorted(POLICIES)))), copies
+
+
+@given(plans(), st.integers(2, 9))
+def test_the_order_in_blocks_keeps_the_plan(made, block):
+    plan, copies = made
+    ordered = in_blocks(plan, block)
+    pieces = sorted(zip(plan.source, plan.denominator, plan.phase, strict=True))
+    assert sorted(zip(ordered.source, ordered.denominator, ordered.phase, strict=True)) == pieces
+    values = np.arange(len(copies)) * 7 - 20
+    whole = np.zeros(len(copies), np.int64)
+    np.add.at(whole, ordered.source, deal(values, ordered, 0))
+    np.testing.assert_array_equal(whole, values)
+
+
+@given(plans(), st.integers(2, 9))
+def test_joint_blocks_are_those_that_copies_of_a_channel_link(made, block):
+    plan, copies = made
+    for order in (plan, in_blocks(plan, block)):
+        label = joint_blocks(order, block)
+        places = np.arange(len(order.source)) // block
+        linked = {at: {at} for at in range(len(label))}
+        for channel in range(len(copies)):
+            together = set().union(*(linked[at] for at in places[order.source == channel]))
+            for at in together:
+                linked[at] = together
+        assert [min(linked[at]) for at in range(len(label))] == label.tolist()
+
+
+@given(st.lists(st.integers(1, 2), min_size=1, max_size=60), st.sampled_from([2, 4, 8]))
+def test_pairs_of_copies_never_leave_an_even_block(copies, block):
+    plan = in_blocks(plan_splits(np.array(copies)), block)
+    label = joint_blocks(plan, block)
+    assert label.tolist() == list(range(len(label)))
+
+
+@given(st.integers(0, 10), st.integers(2, 5), st.sampled_from(sorted(POLICIES)), st.integers(0, 2**32 - 1))
+def test_the_next_split_is_that_which_lowers_the_thresholds_of_its_block_most(extra, block, policy, seed):
+    peaks = np.random.default_rng(seed).random((3, 9))
+    copies = np.ones(9, np.int64)
+
+    def total(held):
+        shares = peaks / np.array([divisor(int(number), policy) for number in held])
+        return sum(np.square(shares[:, at : at + block].max(axis=1)).sum() for at in range(0, 9, block))
+
+    for _ in range(extra):
+        after = [total(copies + (np.arange(9) == channel)) for channel in range(9)]
+        best = int(np.argmin(after))
+        if after[best] == total(copies):
+            best = int(np.argmax(peaks.max(axis=0) / [divisor(int(number), policy) for number in copies]))
+        copies[best] += 1
+    found = copies_per_block(peaks, extra, block, policy)
+    assert found.sum() == 9 + extra
+    np.testing.assert_allclose(total(found), total(copies), rtol=1e-12)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_one_block_of_all_channels_is_a_scale_for_each_output(policy, rng):
+    peaks = rng.random((4, 11))
+    np.testing.assert_array_equal(copies_per_block(peaks, 7, 11, policy), copies_per_row(peaks, 7, policy))

@@ -1,15 +1,20 @@
 """A layer's weight: peaks, thresholds and integers against loops."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from onnx_ocs.numerics.grid import CHUNK, Grid
-from onnx_ocs.numerics.split import extra_channels
+from onnx_ocs.numerics.split import copies_per_block, expand, extra_channels, in_blocks, plan_splits
 from onnx_ocs.numerics.weights import (
     Axes,
     channel_peaks,
     choose_splits,
     choose_threshold,
+    no_split,
     recombination_error,
     split_floats,
     split_integers,
@@ -116,3 +121,64 @@ def test_naive_shares_are_rounded_one_by_one():
     np.testing.assert_array_equal(integers, [[2, 1, 2]])  # 1.5 and 1.5, each rounded up
     exact, _ = split_integers(weight, plans, Axes(1, 0), np.float32(1), 3, aware=True)
     np.testing.assert_array_equal(exact, [[1, 1, 2]])
+
+
+BLOCKED = {"columns": ((13, 5), Axes(0, 1)), "rows": ((5, 13), Axes(1, 0)), "batched": ((2, 13, 3), Axes(1, 2))}
+BLOCKED |= {"vector": ((13,), Axes(0, None))}
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(sorted(BLOCKED)),
+    st.integers(2, 20),
+    st.integers(0, 13),
+    st.sampled_from(["even", "halving"]),
+    st.sampled_from([2, 3, 4, 8]),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
+def test_blocks_against_loops(name, block, extra, policy, bits, ordered, seed):
+    """Each integer times the step of its block: the copies of a channel sum to the nearest point of their grid."""
+    shape, axes = BLOCKED[name]
+    axes = replace(axes, block=block)
+    weight = (np.random.default_rng(seed).standard_normal(shape) ** 3).astype(np.float32)
+    (peaks,) = channel_peaks(weight, axes)
+    plan = plan_splits(copies_per_block(peaks, extra, block, policy), policy)
+    plan = in_blocks(plan, block) if ordered else plan
+    threshold = choose_threshold(weight, (plan,), axes, True, "none", bits)
+    step = Grid(bits).step(threshold)
+    integers, _ = split_integers(weight, (plan,), axes, step, bits, aware=True)
+    places = np.arange(len(plan.source)) // block
+    assert step.shape == tuple(-(-(13 + extra) // block) if at == axes.input else n for at, n in enumerate(shape))
+    assert np.abs(integers.astype(int)).max() <= Grid(bits).levels
+    steps = np.moveaxis(step.take(places, axes.input), axes.input, 0).astype(np.float64)
+    shares = np.abs(np.moveaxis(expand(weight, plan, axes.input), axes.input, 0))
+    assert (shares <= steps * Grid(bits).levels * (1 + 1e-6)).all()
+    parts, whole = np.moveaxis(integers, axes.input, 0), np.moveaxis(weight, axes.input, 0).astype(np.float64)
+    for channel in range(13):
+        held = np.flatnonzero(plan.source == channel)
+        assert (steps[held] == steps[held[0]]).all()
+        wanted = np.floor(whole[channel] / steps[held[0]] + 0.5)
+        np.testing.assert_array_equal(parts[held].astype(int).sum(axis=0), wanted)
+    assert recombination_error(weight, (plan,), axes, step) < 1e-6
+
+
+@pytest.mark.parametrize("clip", ["none", "mse", "aciq", "kl", "sawb", "percentile:90", "sigma:2", "0.7"])
+def test_the_threshold_of_a_block_is_that_of_its_values_alone(clip, rng):
+    weight = rng.standard_normal((23, 4)).astype(np.float32)
+    plan = no_split(weight, Axes(0, 1))
+    found = choose_threshold(weight, plan, Axes(0, 1, block=8), True, clip, 4)
+    for at in range(3):
+        part = weight[8 * at : 8 * at + 8]
+        alone = choose_threshold(part, no_split(part, Axes(0, 1)), Axes(0, 1), True, clip, 4)
+        np.testing.assert_allclose(found[at], alone, rtol=1e-12)
+
+
+def test_naive_shares_in_blocks_are_rounded_by_the_step_of_their_block():
+    weight = np.array([[3.0], [1.0], [0.2], [0.1]], np.float32)
+    plan = in_blocks(plan_splits(np.array([2, 1, 1, 1])), 2)
+    axes = Axes(0, 1, block=2)
+    step = Grid(3).step(choose_threshold(weight, (plan,), axes, True, "none", 3))
+    np.testing.assert_allclose(step[:, 0], [0.5, 1 / 3, 0.1 / 3], rtol=1e-6)
+    integers, _ = split_integers(weight, (plan,), axes, step, 3, aware=False)
+    np.testing.assert_array_equal(integers[:, 0], [3, 3, 3, 1, 3])
