@@ -20,33 +20,12 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from onnx_ocs.graph.model import Model, opset_of, stored_size
+from onnx_ocs.graph.model import Model, opset_of
 
 G_LOGGER.severity = G_LOGGER.CRITICAL  # what it would say, the report says
 
 CONSTANTS_ARE_NOT_INPUTS = 4
 """The first IR version whose initializers need not be listed as graph inputs."""
-
-
-@dataclass(frozen=True, eq=False)
-class DataGrid:
-    """The points that data is rounded to: ``step * (q - zero_point)`` for the integers ``q`` within ``limits``."""
-
-    step: NDArray[np.float32] | gs.Tensor  # (), a constant or a value of the graph
-    limits: tuple[int, int]  # INT8, or UINT8 where they say that no integer is negative
-    zero_point: int = 0
-    float_clip: bool = False  # limits that are narrower than the type are held before the rounding
-
-    @property
-    def kind(self) -> type[np.integer[Any]]:
-        """The type of the integers."""
-        return np.uint8 if self.limits[0] == 0 else np.int8
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Equal for equal grids."""
-        step = self.step.name if isinstance(self.step, gs.Tensor) else self.step.tobytes()
-        return step, self.limits, self.zero_point, self.float_clip
 
 
 @dataclass(eq=False)
@@ -230,69 +209,6 @@ class Editor:
         parts = (b"" if values is None else values.tobytes() for values in (gain, offset))
         return self.once(scope, make, "gather", data.name, axis, source.tobytes(), *parts)
 
-    def quantized(
-        self, scope: Scope, data: gs.Tensor, grid: DataGrid, like: int, before: gs.Node | None
-    ) -> gs.Variable:
-        """``data`` rounded to the points of ``grid`` by QuantizeLinear and DequantizeLinear.
-
-        Args:
-            like: the element type of ``data``.
-        """
-        return self.floats(scope, self.integers(scope, data, grid, like, before), grid, like, before)
-
-    def integers(self, scope: Scope, data: gs.Tensor, grid: DataGrid, like: int, before: gs.Node | None) -> gs.Variable:
-        """``data`` as integers on ``grid``; limits that are narrower than the type are held by a Clip of the integers.
-
-        Layers that ask for the same share the nodes, here and in :meth:`floats`.
-        """
-
-        def make() -> gs.Variable:
-            name, (low, high) = data.name, grid.limits
-            values = self.cast(scope, data, like, onnx.TensorProto.FLOAT, before)
-            narrow = high < np.iinfo(grid.kind).max
-            if narrow and grid.float_clip:
-                assert isinstance(grid.step, np.ndarray)
-                ends = [np.array((limit - grid.zero_point) * grid.step, np.float32) for limit in (low, high)]
-                values = self._clip(scope, values, ends, name, before)
-            made = self.node(
-                scope, "QuantizeLinear", [values, *self._scale(scope, name, grid)], f"{name}.quantized", before
-            )
-            if narrow and not grid.float_clip:
-                made = self._clip(scope, made, [np.array(limit, grid.kind) for limit in (low, high)], name, before)
-            return made
-
-        return self.once(scope, make, "integers", data.name, grid.key)
-
-    def _clip(
-        self, scope: Scope, data: gs.Tensor, ends: list[NDArray[Any]], name: str, before: gs.Node | None
-    ) -> gs.Variable:
-        limits = [self.constant(scope, f"{name}.limit", end) for end in ends]
-        return self.node(scope, "Clip", [data, *limits], f"{name}.clipped", before)
-
-    def floats(
-        self, scope: Scope, integers: gs.Tensor, grid: DataGrid, like: int, before: gs.Node | None
-    ) -> gs.Variable:
-        """The values that ``integers`` on ``grid`` stand for, in the element type ``like``."""
-
-        def make() -> gs.Variable:
-            name = integers.name
-            made = self.node(
-                scope, "DequantizeLinear", [integers, *self._scale(scope, name, grid)], f"{name}.dequantized", before
-            )
-            return self.cast(scope, made, onnx.TensorProto.FLOAT, like, before)
-
-        return self.once(scope, make, "floats", integers.name, grid.key, like)
-
-    def _scale(self, scope: Scope, name: str, grid: DataGrid) -> list[gs.Tensor]:
-        """The scale and the zero point of ``grid``; all nodes on it share them."""
-
-        def make() -> list[gs.Tensor]:
-            step = grid.step
-            scale = step if isinstance(step, gs.Tensor) else self.constant(scope, f"{name}.scale", step)
-            return [scale, self.constant(scope, f"{name}.zero_point", np.array(grid.zero_point, grid.kind))]
-
-        return self.once(scope, make, "scale", grid.key)
-
     def intercept(self, tensor: gs.Tensor) -> gs.Variable:
         """A new value that the maker of ``tensor`` makes in its place, so that another node can make ``tensor``."""
         (maker,) = tensor.inputs
@@ -323,34 +239,6 @@ class Editor:
         if held == wanted:
             return data
         return self.node(scope, "Cast", [data], f"{data.name}.cast", before, to=wanted)
-
-    def dequantize(
-        self,
-        scope: Scope,
-        integers: onnx.TensorProto,
-        step: NDArray[np.float32],
-        axis: int,
-        like: int,
-        before: gs.Node,
-        block: int | None = None,
-    ) -> gs.Variable:
-        """A constant of integers and the DequantizeLinear that reads it, in the element type ``like``.
-
-        Args:
-            step: () for one scale, (n,) for one along ``axis``; as many dimensions as ``integers`` for one for each
-                ``block`` along it.
-        """
-        name = integers.name
-        zeros = self.model.tensor("", integers.data_type, step.shape, bytes(_bytes_of(integers.data_type, step.size)))
-        inputs = [
-            self.constant(scope, f"{name}.integers", tensor=integers),
-            self.constant(scope, f"{name}.scale", step),
-            self.constant(scope, f"{name}.zero_point", tensor=zeros),
-        ]
-        attributes = {"axis": axis} if step.ndim else {}
-        attributes |= {"block_size": block} if block is not None else {}
-        output = self.node(scope, "DequantizeLinear", inputs, f"{name}.dequantized", before, **attributes)
-        return self.cast(scope, output, onnx.TensorProto.FLOAT, like, before)
 
     def rewire(self, node: gs.Node, index: int, tensor: gs.Tensor) -> None:
         """Let input ``index`` of ``node``, its next one perhaps, read ``tensor``; what nothing reads any more goes."""
@@ -480,11 +368,6 @@ def _names(proto: onnx.GraphProto | onnx.FunctionProto) -> set[str]:
         sparse.values.name for sparse in proto.sparse_initializer
     }
     return made | constants | {value.name for value in proto.input}
-
-
-def _bytes_of(data_type: int, size: int) -> int:
-    """Bytes of ``size`` packed zeros of ``data_type``."""
-    return stored_size(onnx.TensorProto(data_type=data_type, dims=[size]))
 
 
 class _Finished(LazyValues):  # type: ignore[misc]

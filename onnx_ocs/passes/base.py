@@ -8,9 +8,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnx_ocs.graph.editor import DataGrid, Editor
+from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.layers import Layer
 from onnx_ocs.graph.observe import Observed
+from onnx_ocs.graph.qdq import DataGrid
 from onnx_ocs.graph.streams import Ids, Stream
 from onnx_ocs.numerics.cost import Cost, Room
 from onnx_ocs.numerics.grid import Grid

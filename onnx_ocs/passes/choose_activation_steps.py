@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from onnx_ocs.graph.editor import DataGrid
+from onnx_ocs.graph.qdq import DataGrid
 from onnx_ocs.numerics.clip import thresholds
 from onnx_ocs.numerics.grid import Grid, affine
 from onnx_ocs.numerics.split import SplitPlan, joined

@@ -6,7 +6,7 @@ from typing import ClassVar
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnx_ocs.graph.editor import DataGrid
+from onnx_ocs.graph.qdq import DataGrid, quantized, to_floats, to_integers
 from onnx_ocs.passes.base import LayerPlan, TensorPlan, Work
 
 FLOAT = onnx.TensorProto.FLOAT
@@ -46,13 +46,13 @@ class QuantizeActivations:
         if not plan.made:
             nodes = {id(node): place for place, node in enumerate(main.graph.nodes)}
             first = min(tensor.outputs, key=lambda node: nodes[id(node)])
-            integers = edit.integers(main, tensor, grid, FLOAT, first)
+            integers = to_integers(edit, main, tensor, grid, FLOAT, first)
             for node, index in plan.readers:
-                edit.rewire(node, index, edit.floats(main, integers, grid, FLOAT, node))
+                edit.rewire(node, index, to_floats(edit, main, integers, grid, FLOAT, node))
             return integers, grid
         behind = edit.after(main, tensor.inputs[0])
-        integers = edit.integers(main, edit.intercept(tensor), grid, FLOAT, behind)
-        read = edit.floats(main, integers, grid, FLOAT, behind)
+        integers = to_integers(edit, main, edit.intercept(tensor), grid, FLOAT, behind)
+        read = to_floats(edit, main, integers, grid, FLOAT, behind)
         read.inputs[0].outputs[0] = tensor
         return integers, grid
 
@@ -63,7 +63,7 @@ class QuantizeActivations:
             integers = edit.gather(layer.scope, integers, plan.gathered[1], layer.data_axis, layer.node)
         elif any(layer.data is tensor.tensor and tensor.made for tensor in work.tensors):
             return
-        edit.rewire(layer.node, layer.data_input, edit.floats(layer.scope, integers, grid, FLOAT, layer.node))
+        edit.rewire(layer.node, layer.data_input, to_floats(edit, layer.scope, integers, grid, FLOAT, layer.node))
 
     def _visit(self, work: Work, plan: LayerPlan) -> None:
         layer, data = plan.layer, plan.activation
@@ -71,5 +71,5 @@ class QuantizeActivations:
         step = data.step_of_batch if data.step is None else data.step
         assert step is not None
         grid = DataGrid(step, data.limits, data.zero_point, not self.clips_integers)
-        read = work.editor.quantized(layer.scope, layer.data, grid, layer.weight.data_type, layer.node)
+        read = quantized(work.editor, layer.scope, layer.data, grid, layer.weight.data_type, layer.node)
         work.editor.rewire(layer.node, layer.data_input, read)

@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 
 from onnx_ocs.graph.layers import Place, Weight
+from onnx_ocs.graph.qdq import dequantize
 from onnx_ocs.passes.base import LayerPlan, Work
 
 LARGEST = np.iinfo(np.int32).max
@@ -50,4 +51,4 @@ class QuantizeBiases:
             return
         made = integers.astype(np.int32)
         tensor = edit.model.tensor(bias.tensor.name, onnx.TensorProto.INT32, made.shape, made.tobytes())
-        edit.rewire(node, 2, edit.dequantize(scope, tensor, step, 0, layer.weight.data_type, node))
+        edit.rewire(node, 2, dequantize(edit, scope, tensor, step, 0, layer.weight.data_type, node))

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import onnx_graphsurgeon as gs
 
 from onnx_ocs.graph.integers import TYPES, packed
+from onnx_ocs.graph.qdq import dequantize
 from onnx_ocs.numerics.weights import split_integers
 from onnx_ocs.passes.base import LayerPlan, Work
 
@@ -50,4 +51,4 @@ class QuantizeWeights:
         before = layer.scope.within(home, reader) if readers == 1 else home.graph.nodes[0]
         axis = (layer.output_axis or 0) if plan.block is None else layer.input_axis
         axis = 1 - axis if plan.turned else axis
-        return edit.dequantize(home, tensor, step, axis, layer.weight.data_type, before, plan.block), sqnr
+        return dequantize(edit, home, tensor, step, axis, layer.weight.data_type, before, plan.block), sqnr

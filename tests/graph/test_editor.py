@@ -12,6 +12,7 @@ import pytest
 from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.integers import TYPES, packed
 from onnx_ocs.graph.model import Model
+from onnx_ocs.graph.qdq import dequantize
 
 TENSOR = onnx.TensorProto
 HEAD = '<ir_version: 10, opset_import: ["" : 21]>'
@@ -389,7 +390,7 @@ def test_dequantized_constants_are_steps_times_integers(width, axis, name, rng):
     editor = editor_of(text)
     scope, node = node_of(editor, name)
     tensor = editor.model.tensor("weight", TYPES[width], (2, 3), packed(integers, width))
-    made = editor.dequantize(scope, tensor, step, axis or 0, TENSOR.FLOAT, node)
+    made = dequantize(editor, scope, tensor, step, axis or 0, TENSOR.FLOAT, node)
     editor.rewire(node, 0, made)
     after = committed(editor)
     weight = integers * (step if axis is None else step[:, None] if axis == 0 else step)
@@ -408,7 +409,7 @@ def test_dequantized_constants_are_cast_to_the_type_of_the_layer():
     editor = editor_of(f"{HEAD} g (float16[3] x) => (float16[3] y) {{ [last] y = Add(x, x) }}")
     scope, last = node_of(editor, "last")
     integers = editor.model.tensor("weight", TENSOR.INT8, (3,), bytes([1, 2, 255]))
-    editor.rewire(last, 1, editor.dequantize(scope, integers, np.array(0.5, np.float32), 0, TENSOR.FLOAT16, last))
+    editor.rewire(last, 1, dequantize(editor, scope, integers, np.array(0.5, np.float32), 0, TENSOR.FLOAT16, last))
     after = committed(editor)
     assert operators(after.graph) == ["DequantizeLinear", "Cast", "Add"]
     np.testing.assert_array_equal(run(after, np.zeros(3, np.float16))[0], np.float16([0.5, 1, -0.5]))
