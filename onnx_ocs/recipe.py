@@ -90,6 +90,12 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._check_texts()
+        self._check_types()
+        self._check_ranges()
+        self._check_together()
+
+    def _check_texts(self) -> None:
         for name in ("quantize_ops", "only", "skip"):
             value = getattr(self, name)
             if not isinstance(value, str | list | tuple) or not all(isinstance(text, str) for text in value):
@@ -98,60 +104,62 @@ class Recipe:
         for name in ("clip", "act_clip"):
             object.__setattr__(self, name, str(getattr(self, name)))
             parse_clip(getattr(self, name))
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{_option(name)} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        for pattern in (*self.only, *self.skip):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
+        unknown = sorted(set(self.quantize_ops) - set(READERS))
+        if unknown:
+            raise ValueError(f"quantize-ops must be among {', '.join(READERS)}, not {unknown[0]!r}")
+
+    def _check_types(self) -> None:
         for item in fields(self):
             value, kind = getattr(self, item.name), type(item.default)
             if isinstance(item.default, bool) and not isinstance(value, bool):
                 raise ValueError(f"{item.name} must be true or false, not {value!r}")
             if kind is Number and (isinstance(value, bool) or not isinstance(value, int | Number)):
                 raise ValueError(f"{item.name} must be a number, not {value!r}")
+        if self.saturation_safe is not None and not isinstance(self.saturation_safe, bool):
+            raise ValueError(f"saturation-safe must be true or false, not {self.saturation_safe!r}")
+
+    def _check_ranges(self) -> None:
         if not math.isfinite(self.min_sqnr):
             raise ValueError(f"min_sqnr must be finite, not {self.min_sqnr}")
-        unknown = sorted(set(self.quantize_ops) - set(READERS))
-        if unknown:
-            raise ValueError(f"quantize-ops must be among {', '.join(READERS)}, not {unknown[0]!r}")
         for name in ("bits", "act_bits"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value not in BITS):
-                widths = ", ".join(map(str, BITS))
-                raise ValueError(f"{name.replace('_', '-')} must be none or one of {widths}, not {value}")
-        if self.saturation_safe not in (None, True, False):
-            raise ValueError(f"saturation-safe must be true or false, not {self.saturation_safe!r}")
-        if self.block is not None and (
-            isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 2
-        ):
-            raise ValueError(f"block must be a whole number of at least 2 input channels, not {self.block!r}")
-        if self.block is not None and self.bits is None and not self.float:
-            raise ValueError("block gives weights a scale for each block, and with bits none they stay float")
-        if self.align != "auto" and (isinstance(self.align, bool) or not isinstance(self.align, int) or self.align < 1):
-            raise ValueError(f"align must be auto or a whole number of at least 1, not {self.align!r}")
+                raise ValueError(f"{_option(name)} must be none or one of {', '.join(map(str, BITS))}, not {value}")
         for name in ("ratio", "act_ratio", "max_expand"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name.replace('_', '-')} must be from 0 to 1, not {getattr(self, name)}")
+                raise ValueError(f"{_option(name)} must be from 0 to 1, not {getattr(self, name)}")
         for name in ("calibration_samples", "batch", "calibration_stride"):
-            number = getattr(self, name)
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-                raise ValueError(f"{name.replace('_', '-')} must be a whole number of at least 1, not {number}")
+            value = getattr(self, name)
+            if value is not None and not _is_whole(value, 1):
+                raise ValueError(f"{_option(name)} must be a whole number of at least 1, not {value}")
+        if self.block is not None and not _is_whole(self.block, 2):
+            raise ValueError(f"block must be a whole number of at least 2 input channels, not {self.block!r}")
+        if self.align != "auto" and not _is_whole(self.align, 1):
+            raise ValueError(f"align must be auto or a whole number of at least 1, not {self.align!r}")
+        if self.tolerance is not None and not (isinstance(self.tolerance, int | Number) and self.tolerance > 0):
+            raise ValueError(f"tolerance must be positive, not {self.tolerance}")
+        if not _is_whole(self.seed, 0):
+            raise ValueError(f"seed must be a whole number of at least 0, not {self.seed}")
+
+    def _check_together(self) -> None:
+        if self.block is not None and self.bits is None and not self.float:
+            raise ValueError("block gives weights a scale for each block, and with bits none they stay float")
         if self.act_bits is None and (self.act_split == "dynamic" or self.act_ratio):
             raise ValueError("activations stay float without act-bits, which act-split and act-ratio need")
         if self.float and self.act_split == "dynamic":
             raise ValueError("act-split dynamic chooses channels for the scales of a batch; a float model has none")
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                option = name.replace("_", "-")
-                raise ValueError(f"{option} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         if self.act_split == "dynamic" and self.rules.constant_scales:
             raise ValueError(f"act-split dynamic computes scales in the graph, which target {self.target} refuses")
         if self.act_unsigned and self.rules.symmetric:
             raise ValueError(f"target {self.target} refuses unsigned data; leave act-unsigned out")
-        for pattern in (*self.only, *self.skip):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
-        if self.tolerance is not None and not (isinstance(self.tolerance, int | Number) and self.tolerance > 0):
-            raise ValueError(f"tolerance must be positive, not {self.tolerance}")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed must be a whole number of at least 0, not {self.seed}")
 
     @property
     def calibrates(self) -> bool:
@@ -195,6 +203,15 @@ class Recipe:
     def plain(self) -> dict[str, Any]:
         """As JSON has it."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def _option(name: str) -> str:
+    """As the command line has it."""
+    return name.replace("_", "-")
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def stored_recipe(path: Path) -> dict[str, Any]:
