@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-from networks import MAKERS, Network, add_options, networks, outputs
+from networks import MAKERS, Network, add_options, networks, outputs, saturates
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationMethod
 from peers import quantized_statically
@@ -141,19 +141,6 @@ def main() -> int:
         print(f"broken: {reason}")
     print(f"{len(broken)} promises broken")
     return int(bool(broken))
-
-
-def saturates() -> bool:
-    """Whether onnxruntime's kernels for UINT8 data and INT8 weights saturate on this CPU."""
-    data = np.full((1, 32), 255, np.uint8)
-    weight = onnx.numpy_helper.from_array(np.full((32, 1), 127, np.int8), "w")
-    node = onnx.helper.make_node("MatMulInteger", ["x", "w"], ["y"])
-    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.UINT8, data.shape)
-    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.INT32, (1, 1))
-    graph = onnx.helper.make_graph([node], "g", [x], [y], [weight])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return bool(session.run(None, {"x": data})[0].item() != 32 * 255 * 127)
 
 
 def _subjects(arguments: argparse.Namespace, folder: Path) -> Iterator[Network]:

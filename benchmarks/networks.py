@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 from common import assets
 from numpy.typing import NDArray
@@ -81,6 +82,19 @@ def outputs(
     name = session.get_inputs()[0].name
     parts = [images[start : start + batch] for start in range(0, len(images), batch)]
     return np.concatenate([session.run(None, {name: part})[0] for part in parts])
+
+
+def saturates() -> bool:
+    """Whether onnxruntime's kernels for UINT8 data and INT8 weights saturate on this CPU."""
+    data = np.full((1, 32), 255, np.uint8)
+    weight = onnx.numpy_helper.from_array(np.full((32, 1), 127, np.int8), "w")
+    node = onnx.helper.make_node("MatMulInteger", ["x", "w"], ["y"])
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.UINT8, data.shape)
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.INT32, (1, 1))
+    graph = onnx.helper.make_graph([node], "g", [x], [y], [weight])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return bool(session.run(None, {"x": data})[0].item() != 32 * 255 * 127)
 
 
 def compare(reference: NDArray[np.float32], found: NDArray[np.float32], labels: NDArray[np.int64]) -> Figures:
