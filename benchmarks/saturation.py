@@ -4,7 +4,7 @@ There onnxruntime's integer kernels add each two products in 16 bits, and satura
 samples by kernels that saturate; its outputs are compared with those of the same model without saturation (SQNR), and
 with those of the float model (agreement). Where this CPU saturates, it runs them as they are, and the session entry
 ``session.x64quantprecision`` = 1 gives the outputs without saturation. Where it does not, as with VNNI, the benchmark
-runs itself under valgrind, which hides VNNI, on fewer samples, and the outputs of this CPU are those without saturation.
+runs itself under valgrind, which hides VNNI, on fewer samples, and its own outputs are those without saturation.
 
 Exit status 1 where a model that is written not to saturate does (SQNR below 60 dB).
 """
@@ -81,9 +81,7 @@ def main() -> int:
     natively = saturates()
     hidden = arguments.valgrind or not natively
     cpu = f"{platform.machine()}, {'with' if has_vnni() else 'without'} VNNI"
-    print(
-        f"onnxruntime {ort.__version__}; its integer kernels {'' if natively else 'do not '}saturate on this CPU ({cpu})"
-    )
+    print(f"onnxruntime {ort.__version__}: its integer kernels {'' if natively else 'do not '}saturate here ({cpu})")
     print(f"measured {'under valgrind' if hidden else 'natively'}")
     if hidden and shutil.which(VALGRIND[0]) is None:
         print("valgrind is not installed: nothing to measure")
