@@ -6,8 +6,8 @@ front (``always``), gathered (``never``), and gathered without alignment. Where 
 and ``--target openvino`` in it too.
 
 All models of a network are in memory together. In each round each of them has its turn, in an order of its own: one run
-that does not count, and then as many as fill a few milliseconds. Times are medians over the rounds; ratios are medians
-of the ratios within each round. The model without splitting has two turns, and what the second is of the first says how
+that does not count, and then as many as fill a few milliseconds, of which the fastest does, since another process may
+come in between. Times are medians over the rounds; ratios are medians of the ratios within each round. The model without splitting has two turns, and what the second is of the first says how
 much of a ratio is noise. One sample at a time, with one thread and with two. Beside the time stand the integer
 kernels in onnxruntime's own optimized model, and SQNR and agreement with the float model on other samples than those
 for calibration; where the kernels of this CPU saturate, also without those (``session.x64quantprecision`` = 1).
@@ -281,22 +281,24 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, most: flo
     order = np.random.default_rng(0)
     names = list(runs)
     times: dict[str, list[float]] = {name: [] for name in names}
-    repeats = {name: max(1, round(TURN / _seconds(run, 3))) for name, run in runs.items()}
     started = time.perf_counter()
     for done in range(rounds):
         if done >= 10 and time.perf_counter() - started > most:
             break
         for name in order.permutation(names):
             runs[name]()  # the caches hold another model
-            times[name].append(_seconds(runs[name], repeats[name]))
+            times[name].append(_fastest_run(runs[name]))
     return {name: np.array(taken) for name, taken in times.items()}
 
 
-def _seconds(run: Callable[[], object], repeats: int) -> float:
-    started = time.perf_counter()
-    for _ in range(repeats):
+def _fastest_run(run: Callable[[], object]) -> float:
+    """Seconds of the fastest of two runs, or of those that fill a turn."""
+    taken: list[float] = []
+    while len(taken) < 2 or sum(taken) < TURN:
+        started = time.perf_counter()
         run()
-    return (time.perf_counter() - started) / repeats
+        taken.append(time.perf_counter() - started)
+    return min(taken)
 
 
 def count_kernels(path: Path) -> tuple[int, int]:
