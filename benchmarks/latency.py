@@ -7,10 +7,11 @@ and ``--target openvino`` in it too.
 
 All models of a network are in memory together. In each round each of them has its turn, in an order of its own: one run
 that does not count, and then as many as fill a few milliseconds, of which the fastest does, since another process may
-come in between. Times are medians over the rounds; ratios are medians of the ratios within each round. The model without splitting has two turns, and what the second is of the first says how
-much of a ratio is noise. One sample at a time, with one thread and with two. Beside the time stand the integer
-kernels in onnxruntime's own optimized model, and SQNR and agreement with the float model on other samples than those
-for calibration; where the kernels of this CPU saturate, also without those (``session.x64quantprecision`` = 1).
+come in between. Times are medians over the rounds; ratios are medians of the ratios within each round. The model
+without splitting has two turns, and what the second is of the first says how much of a ratio is noise. One sample at a
+time, with one thread and with two. Beside the time stand the integer kernels in onnxruntime's own optimized model, and
+SQNR and agreement with the float model on other samples than those for calibration; where the kernels of this CPU
+saturate, also without that ("exact": ``session.x64quantprecision`` = 1).
 
 Exit status 1 where a promise is broken, with one thread:
 
