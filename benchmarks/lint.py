@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 from networks import Network, add_options, networks
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+from peers import Images
 
 from onnx_ocs import lint, quantize
 
@@ -40,17 +41,6 @@ quantize(
 
 MODES = {"int8": "max", "int4": "rtn_dq"}
 """What nvidia-modelopt is asked for, and how it calibrates."""
-
-
-class Images(CalibrationDataReader):
-    """Calibration images, one at a time."""
-
-    def __init__(self, network: Network, count: int) -> None:
-        name = onnx.load(network.model, load_external_data=False).graph.input[0].name
-        self._left: Iterator[dict[str, np.ndarray]] = ({name: image[None]} for image in network.calibration[:count])
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self._left, None)
 
 
 def written(network: Network, folder: Path, count: int, modelopt: str | None) -> Iterator[tuple[str, Path]]:

@@ -10,12 +10,13 @@ in the layout of ImageNet's validation set (one folder for each class, in the or
 import argparse
 import csv
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 from common import assets
 from numpy.typing import NDArray
@@ -34,6 +35,7 @@ class Network:
     calibration: NDArray[np.float32]
     images: NDArray[np.float32]
     labels: NDArray[np.int64]  # of the first of ``images``
+    classes: bool = True  # whether the outputs are scores, of which the largest means something
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Figures:
         return f"{self.top1:.2f} | {self.agreement:.2f} | {self.divergence:.2f}"
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--network", choices=("resnet20", "squeezenet"), nargs="+", default=["resnet20", "squeezenet"])
+def add_options(parser: argparse.ArgumentParser, names: Sequence[str] = ("resnet20", "squeezenet")) -> None:
+    parser.add_argument("--network", choices=names, nargs="+", default=list(names))
     parser.add_argument("--model", type=Path, help="an ONNX file to measure in place of those")
     parser.add_argument("--images", type=Path, help="its images: a folder with a folder for each class")
     parser.add_argument("--size", type=int, default=224, help="of the images")
@@ -62,23 +64,37 @@ def networks(arguments: argparse.Namespace) -> Iterator[Network]:
     if arguments.model is not None:
         yield _from_folder(arguments)
         return
-    makers = {"resnet20": _resnet20, "squeezenet": _squeezenet}
     for name in arguments.network:
-        yield makers[name](arguments.calibrate)
+        yield MAKERS[name](arguments.calibrate)
 
 
 def outputs(
-    model: Path | bytes, images: NDArray[np.float32], batch: int = 64, optimize: bool = True
+    model: Path | bytes, images: NDArray[np.float32], batch: int = 64, optimize: bool = True, exact: bool = False
 ) -> NDArray[np.float32]:
-    """The scores of all images, ``batch`` of them at a time, by onnxruntime."""
+    """The scores of all images, ``batch`` at a time, by onnxruntime; ``exact``: by kernels that do not saturate."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if exact:
+        options.add_session_config_entry("session.x64quantprecision", "1")
     session = ort.InferenceSession(model if isinstance(model, bytes) else str(model), options)
     name = session.get_inputs()[0].name
     parts = [images[start : start + batch] for start in range(0, len(images), batch)]
     return np.concatenate([session.run(None, {name: part})[0] for part in parts])
+
+
+def saturates() -> bool:
+    """Whether onnxruntime's kernels for UINT8 data and INT8 weights saturate on this CPU."""
+    data = np.full((1, 32), 255, np.uint8)
+    weight = onnx.numpy_helper.from_array(np.full((32, 1), 127, np.int8), "w")
+    node = onnx.helper.make_node("MatMulInteger", ["x", "w"], ["y"])
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.UINT8, data.shape)
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.INT32, (1, 1))
+    graph = onnx.helper.make_graph([node], "g", [x], [y], [weight])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return bool(session.run(None, {"x": data})[0].item() != 32 * 255 * 127)
 
 
 def compare(reference: NDArray[np.float32], found: NDArray[np.float32], labels: NDArray[np.int64]) -> Figures:
@@ -135,6 +151,30 @@ def _squeezenet(calibrate: int) -> Network:
     return Network("SqueezeNet 1.1", model, images[apart][:calibrate], images[~apart], labels[~apart])
 
 
+def _keywords(calibrate: int) -> Network:
+    """Features of spoken words, and the network of depthwise convolutions that tells them apart."""
+    data = np.load(assets() / "data" / "kws01_1000_float.npz")
+    cut = min(calibrate, 200)
+    model = assets() / "models" / "kws_dscnn.onnx"
+    return Network("DS-CNN", model, data["x"][:cut], data["x"][cut:], data["y"][cut:].astype(np.int64))
+
+
+def _mobilenet(calibrate: int) -> Network:
+    """There are no images for it, so it sees those of CIFAR-10 at three times their size, which have no labels here."""
+    data = np.load(assets() / "data" / "cifar10.npz")
+    images = data["train_x"][: min(calibrate, 128)], data["test_x"]
+    large = [pixels.repeat(3, axis=2).repeat(3, axis=3).astype(np.float32) / 255 for pixels in images]
+    model = assets() / "models" / "vww_mobilenetv1_0.25_96_bn.onnx"
+    return Network("MobileNet 0.25", model, *large, np.zeros(0, np.int64))
+
+
+def _autoencoder(calibrate: int) -> Network:
+    """Ten dense layers on random values, for want of data."""
+    values = np.random.default_rng(0).standard_normal((calibrate + 1000, 640), np.float32)
+    model = assets() / "models" / "ad01_autoencoder_bn.onnx"
+    return Network("MLP", model, values[:calibrate], values[calibrate:], np.zeros(0, np.int64), classes=False)
+
+
 def _from_folder(arguments: argparse.Namespace) -> Network:
     if arguments.images is None:
         raise SystemExit("--model needs --images")
@@ -169,3 +209,13 @@ def _decoded(files: Iterable[IO[bytes]], size: int | None) -> NDArray[np.float32
 def _normalized(images: NDArray[np.float32]) -> NDArray[np.float32]:
     mean, deviation = (np.array(values, np.float32).reshape(1, 3, 1, 1) for values in (MEAN, DEVIATION))
     return (images - mean) / deviation
+
+
+MAKERS: dict[str, Callable[[int], Network]] = {
+    "resnet20": _resnet20,
+    "squeezenet": _squeezenet,
+    "kws": _keywords,
+    "mobilenet": _mobilenet,
+    "mlp": _autoencoder,
+}
+"""The networks of the assets, by the names of ``--network``; they take the number of images to calibrate on."""
