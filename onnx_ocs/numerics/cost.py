@@ -9,6 +9,9 @@ from onnx_ocs.numerics.split import extra_channels
 MACS_PER_BYTE = 8.0
 """Products of an integer kernel in the time in which one byte is moved (read and written once)."""
 
+DEPTHWISE = 8.0
+"""Products of other layers in the time of one of a depthwise layer, whose data is used once."""
+
 UNALIGNED = 1.0
 """What a layer whose channels are no multiple of what its kernel wants costs more, as a share of its products."""
 

@@ -78,8 +78,9 @@ class _Placement:
                 self._want(node.inputs[index], (node, index))
             out = self._end(node.outputs[0])
             self._make(out)
-            if node.op in self._target.moves:
-                self._join(node.inputs[0].name, out.name)
+            if node.op in self._target.moves | self._target.one_scale:
+                for index in self._places(node):
+                    self._join(node.inputs[index].name, out.name)
         for node in nodes:
             if node.op in self._target.skips and (place := self._skip(node, nodes)) is not None:
                 self._want(node.inputs[place], (node, place))
@@ -113,7 +114,8 @@ class _Placement:
         if self._editor.is_result(tensor) or not tensor.outputs:
             return False
         return all(
-            node.op in self._target.moves and any(reader is node for reader, _ in self._readers.get(tensor.name, ()))
+            node.op in self._target.moves | self._target.one_scale
+            and any(reader is node for reader, _ in self._readers.get(tensor.name, ()))
             for node in tensor.outputs
         )
 

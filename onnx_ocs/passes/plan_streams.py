@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from onnx_ocs.graph.layers import Layer
 from onnx_ocs.graph.streams import Stream, stream_of
-from onnx_ocs.numerics.cost import Cost, columns, room
+from onnx_ocs.numerics.cost import DEPTHWISE, Cost, columns, room
 from onnx_ocs.passes.base import LayerPlan, Work, unsplit
 
 
@@ -107,11 +107,12 @@ class PlanStreams:
     def _fold(self, work: Work, stream: Stream, extra: int) -> Cost:
         """Each maker computes its share of the copies, in whole blocks, and each operator moves them."""
         share = extra / stream.channels
-        made = Cost(macs=share * sum(_products(work, layer) for layer in stream.depthwise))
-        for layer in stream.makers:
+        made = Cost()
+        for layer in (*stream.makers, *stream.depthwise):
             outputs = len(stream.ids[layer.node.outputs[0].name])
             before, after = (columns(number, self.block) for number in (outputs, math.ceil(outputs * (1 + share))))
-            made += Cost(macs=_products(work, layer) * (after - before) / outputs)
+            weight = DEPTHWISE if layer.groups > 1 else 1.0
+            made += Cost(macs=weight * _products(work, layer) * (after - before) / outputs)
         for node, passage in stream.passages:
             name = node.outputs[0].name
             values = _positions(work, name, passage.output) * len(stream.ids[name])

@@ -30,6 +30,9 @@ class Target:
     moves: frozenset[str] = frozenset()
     """Operators that only move values: the output has the scale of the input."""
 
+    one_scale: frozenset[str] = frozenset()
+    """Of those that compute, what has one scale for all its inputs and its output."""
+
     absorbed: frozenset[str] = frozenset()
     """Activation functions that vanish in the quantization behind them."""
 

@@ -8,6 +8,7 @@ TARGET = Target(
     unsigned=True,
     outputs=frozenset({"Conv"}),  # Gemm and MatMul write float where no integer kernel reads them
     computes=frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Softmax"}),
+    one_scale=frozenset({"Concat"}),  # which copies then; and what is rounded twice would be no finer
     moves=frozenset(
         {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather", "Resize"}
     ),
