@@ -41,7 +41,9 @@ class TensorPlan:
     observed: Observed
     made: bool  # by an integer kernel, so that all that read it read the quantized one
     readers: tuple[Reader, ...]  # of the quantized tensor, besides layers, where float ones may read it as well
-    together: str  # equal for tensors with one scale
+    together: str  # equal for tensors that must have one scale
+    better: str  # equal for tensors that had better have one
+    absorbs: str | None = None  # the activation function that vanishes in it, if the grid ends where the function does
     moved: bool = False  # only operators that move its values read it, so that its own range does not matter
     grid: DataGrid | None = None
 

@@ -1,5 +1,6 @@
 """The threshold of each layer's data, and so the step of its grid."""
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -41,19 +42,25 @@ class ChooseActivationSteps:
         }  # which the tensor has where it is made
         seen = work.statistics
         placed = [plan for plan in work.tensors if plan.observed.key in seen]
-        groups: dict[str, list[TensorPlan]] = {}
-        for plan in placed:
-            groups.setdefault(plan.together, []).append(plan)
         made: dict[str, DataGrid] = {}
-        for name, members in groups.items():
-            width = min(bits.get(plan.tensor.name, CARRIED_BITS) for plan in members)
-            ends = [
-                self._range(seen[plan.observed.key], splits.get(plan.tensor.name), width, self.shifted)
-                for plan in [plan for plan in members if not plan.moved] or members
-            ]
-            low, high = min(low for low, _ in ends), max(high for _, high in ends)
-            made[name] = self._grid(ActivationPlan(width, unsigned=self.shifted), low, high)
-        return [replace(plan, grid=made[plan.together]) for plan in placed]
+        for members in _grouped(placed, lambda plan: plan.better):
+            width = {
+                plan.tensor.name: min(bits.get(other.tensor.name, CARRIED_BITS) for other in group)
+                for group in _grouped(members, lambda plan: plan.together)
+                for plan in group
+            }
+            ends = {
+                name: self._range(seen[plan.observed.key], splits.get(name), width[name], self.shifted)
+                for plan in members
+                for name in [plan.tensor.name]
+            }
+            groups = [members] if _fits(members, ends) else list(_grouped(members, lambda plan: plan.together))
+            for group in groups:
+                low, high = _spanned([plan for plan in group if not plan.moved] or group, ends)
+                narrowest = min(width[plan.tensor.name] for plan in group)
+                grid = self._grid(ActivationPlan(narrowest, unsigned=self.shifted), low, high)
+                made |= dict.fromkeys((plan.tensor.name for plan in group), grid)
+        return [replace(plan, grid=made[plan.tensor.name]) for plan in placed]
 
     def _visit(
         self, work: Work, plan: LayerPlan, placed: dict[str, TensorPlan], chosen: dict[Any, tuple[float, float]]
@@ -97,3 +104,30 @@ class ChooseActivationSteps:
         threshold = float(thresholds(seen.histogram(split), self.clip, bits + 1 if one_sided else bits)[0])
         low, high = (seen.lowest(split), seen.highest(split)) if affine else (-threshold, threshold)
         return max(low, -threshold), min(high, threshold)
+
+
+Ends = tuple[float, float]
+
+
+def _grouped(plans: list[TensorPlan], key: Callable[[TensorPlan], str]) -> Iterable[list[TensorPlan]]:
+    groups: dict[str, list[TensorPlan]] = {}
+    for plan in plans:
+        groups.setdefault(key(plan), []).append(plan)
+    return groups.values()
+
+
+def _spanned(plans: list[TensorPlan], ends: Mapping[str, Ends]) -> Ends:
+    lows, highs = zip(*(ends[plan.tensor.name] for plan in plans), strict=True)
+    return min(lows), max(highs)
+
+
+def _fits(plans: list[TensorPlan], ends: Mapping[str, Ends]) -> bool:
+    """Whether one grid for all leaves the activation functions out of work that vanish in it: that of a Relu begins at
+    zero, that of a Clip lies within its bounds."""
+    low, high = _spanned([plan for plan in plans if not plan.moved] or plans, ends)
+    for plan in plans:
+        if plan.absorbs == "Relu" and low < 0:
+            return False
+        if plan.absorbs == "Clip" and (low < ends[plan.tensor.name][0] or high > ends[plan.tensor.name][1]):
+            return False
+    return True

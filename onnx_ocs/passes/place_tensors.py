@@ -1,7 +1,7 @@
 """Which tensors are quantized where they are made, so that whole chains of operators run on integers."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx
@@ -33,11 +33,21 @@ class PlaceTensors:
         return work.plans
 
 
-@dataclass
-class _Group:
-    """Tensors that have one scale together."""
+class _Groups:
+    """Names that belong together."""
 
-    names: list[str] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._of: dict[str, list[str]] = {}
+
+    def join(self, first: str, second: str) -> None:
+        one, other = (self._of.setdefault(name, [name]) for name in (first, second))
+        if one is not other:
+            one += other
+            self._of |= dict.fromkeys(other, one)
+
+    def name(self, one: str) -> str:
+        """Equal for names that belong together."""
+        return min(self._of.get(one, [one]))
 
 
 class _Placement:
@@ -54,7 +64,8 @@ class _Placement:
         self._tensors: dict[str, gs.Tensor] = {}
         self._readers: dict[str, list[Reader]] = {}
         self._made: set[str] = set()  # by integer kernels
-        self._together: dict[str, _Group] = {}
+        self._together, self._better = _Groups(), _Groups()
+        self._absorbed: dict[str, str] = {}
 
     def _takes_part(self, plan: LayerPlan) -> bool:
         return (
@@ -78,9 +89,11 @@ class _Placement:
                 self._want(node.inputs[index], (node, index))
             out = self._end(node.outputs[0])
             self._make(out)
-            if node.op in self._target.moves | self._target.one_scale:
-                for index in self._places(node):
-                    self._join(node.inputs[index].name, out.name)
+            for index in self._places(node):
+                if node.op in self._target.moves:
+                    self._together.join(node.inputs[index].name, out.name)
+                if node.op in self._target.moves | self._target.one_scale:
+                    self._better.join(node.inputs[index].name, out.name)
         for node in nodes:
             if node.op in self._target.skips and (place := self._skip(node, nodes)) is not None:
                 self._want(node.inputs[place], (node, place))
@@ -91,7 +104,9 @@ class _Placement:
                 found.get(name, Observed(name, -1, 1)),
                 name in self._made,
                 tuple(self._readers.get(name, ())),
-                min(self._together[name].names) if name in self._together else name,
+                self._together.name(name),
+                self._better.name(name),
+                self._absorbed.get(name),
                 self._is_moved(tensor),
             )
             for name, tensor in self._tensors.items()
@@ -157,7 +172,9 @@ class _Placement:
     def _end(self, tensor: gs.Tensor) -> gs.Tensor:
         """What is quantized in place of ``tensor``: behind an activation function that vanishes in the quantization."""
         while len(tensor.outputs) == 1 and not self._editor.is_result(tensor) and self._is_absorbed(tensor.outputs[0]):
+            name = tensor.outputs[0].op
             tensor = tensor.outputs[0].outputs[0]
+            self._absorbed[tensor.name] = name
         return tensor
 
     def _is_absorbed(self, node: gs.Node) -> bool:
@@ -175,10 +192,3 @@ class _Placement:
         if tensor.name not in self._float:
             self._tensors[tensor.name] = tensor
             self._made.add(tensor.name)
-
-    def _join(self, first: str, second: str) -> None:
-        one, other = (self._together.setdefault(name, _Group([name])) for name in (first, second))
-        if one is not other:
-            one.names += other.names
-            for name in other.names:
-                self._together[name] = one
