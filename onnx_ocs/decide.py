@@ -65,6 +65,11 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
         ),
         *([ChooseSteps(recipe.clip, recipe.safe, recipe.split == "qa")] if weights else []),
     ]
+    if missing := sum(tensor.observed.key not in work.statistics for tensor in work.tensors):
+        run.notes.append(
+            f"the statistics do not cover {missing} tensors that target {recipe.target} quantizes, so that the layers "
+            f"around them may not run on integers; calibrate again with --target {recipe.target}"
+        )
     for step in steps:
         work.plans = step.apply(work)
     if blocks.block is not None and not any(plan.block for plan in work.plans):

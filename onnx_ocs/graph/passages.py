@@ -245,6 +245,8 @@ def reduction(at: Crossing) -> Passage:
     axes = at.node.attrs.get("axes")
     if axes is None:
         axes = at.constant(1).tolist()
+    if not axes:
+        raise Refused(f"{at.node.op} may be over all axes")
     return _fewer(at, shape, axes, bool(at.node.attrs.get("keepdims", 1)))
 
 

@@ -55,7 +55,7 @@ class Session:
             RuntimeFailed: the model fails on these samples.
         """
         try:
-            values = self._session.run(None, feed)
+            values = self._session.run(None, {name: np.asarray(value) for name, value in feed.items()})
         except Exception as error:
             raise RuntimeFailed(first_line(error)) from None
         found: dict[str, NDArray[Any]] = {}

@@ -61,6 +61,10 @@ class _Placement:
         self._float: set[str] = {
             plan.layer.data.name for plan in self._plans.values() if plan.data_splits and plan.stream is None
         }  # is split in front of a layer, so that it must not be rounded before
+        if self._target.outputs:  # or else the runtime quantizes the weight of a layer that was left float by itself
+            self._float |= {
+                plan.layer.data.name for plan in work.plans if plan.declined and plan.layer.scope is self._main
+            }
         self._tensors: dict[str, gs.Tensor] = {}
         self._readers: dict[str, list[Reader]] = {}
         self._made: set[str] = set()  # by integer kernels

@@ -6,10 +6,24 @@ from typing import ClassVar
 import onnx
 import onnx_graphsurgeon as gs
 
+from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.qdq import DataGrid, quantized, to_floats, to_integers
 from onnx_ocs.passes.base import LayerPlan, TensorPlan, Work
 
 FLOAT = onnx.TensorProto.FLOAT
+
+
+@dataclass(frozen=True, eq=False)
+class _Placed:
+    """A tensor that is quantized where it is made."""
+
+    integers: gs.Variable
+    grid: DataGrid
+    first: gs.Node | None  # ahead of which the values stand for all that reads them; none if all reads them already
+
+    def read(self, edit: Editor) -> gs.Variable:
+        """What the integers stand for."""
+        return to_floats(edit, edit.scopes[0], self.integers, self.grid, FLOAT, self.first)
 
 
 @dataclass(frozen=True)
@@ -32,12 +46,12 @@ class QuantizeActivations:
                 continue
             data = plan.gathered[0] if plan.gathered else plan.layer.data
             if data.name in placed and (self.gathers_integers or not plan.gathered):
-                self._read(work, plan, *placed[data.name])
+                self._read(work, plan, placed[data.name])
             else:
                 self._visit(work, plan)
         return work.plans
 
-    def _place(self, work: Work, plan: TensorPlan) -> tuple[gs.Variable, DataGrid]:
+    def _place(self, work: Work, plan: TensorPlan) -> _Placed:
         """The integers of a tensor; what reads the quantized tensor, other than layers, reads it from here on."""
         edit, tensor = work.editor, plan.tensor
         main, grid = edit.scopes[0], plan.grid
@@ -45,25 +59,27 @@ class QuantizeActivations:
         grid = replace(grid, float_clip=not self.clips_integers)
         if not plan.made:
             nodes = {id(node): place for place, node in enumerate(main.graph.nodes)}
-            first = min(tensor.outputs, key=lambda node: nodes[id(node)])
-            integers = to_integers(edit, main, tensor, grid, FLOAT, first)
+            here = [node for node in tensor.outputs if id(node) in nodes]  # others are in bodies, and stay as they are
+            first = min(here, key=lambda node: nodes[id(node)])
+            made = _Placed(to_integers(edit, main, tensor, grid, FLOAT, first), grid, first)
             for node, index in plan.readers:
-                edit.rewire(node, index, to_floats(edit, main, integers, grid, FLOAT, node))
-            return integers, grid
+                edit.rewire(node, index, made.read(edit))
+            return made
         behind = edit.after(main, tensor.inputs[0])
         integers = to_integers(edit, main, edit.intercept(tensor), grid, FLOAT, behind)
         read = to_floats(edit, main, integers, grid, FLOAT, behind)
         read.inputs[0].outputs[0] = tensor
-        return integers, grid
+        return _Placed(integers, grid, None)
 
-    def _read(self, work: Work, plan: LayerPlan, integers: gs.Variable, grid: DataGrid) -> None:
+    def _read(self, work: Work, plan: LayerPlan, placed: _Placed) -> None:
         """Let a layer read a tensor that is quantized already, by way of its Gather if it has one."""
         edit, layer = work.editor, plan.layer
         if plan.gathered is not None:
-            integers = edit.gather(layer.scope, integers, plan.gathered[1], layer.data_axis, layer.node)
-        elif any(layer.data is tensor.tensor and tensor.made for tensor in work.tensors):
-            return
-        edit.rewire(layer.node, layer.data_input, to_floats(edit, layer.scope, integers, grid, FLOAT, layer.node))
+            copies = edit.gather(layer.scope, placed.integers, plan.gathered[1], layer.data_axis, layer.node)
+            read = to_floats(edit, layer.scope, copies, placed.grid, FLOAT, layer.node)
+            edit.rewire(layer.node, layer.data_input, read)
+        elif placed.first is not None:
+            edit.rewire(layer.node, layer.data_input, placed.read(edit))
 
     def _visit(self, work: Work, plan: LayerPlan) -> None:
         layer, data = plan.layer, plan.activation

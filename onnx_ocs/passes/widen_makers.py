@@ -42,6 +42,8 @@ class WidenMakers:
             if passage.shape is not None:
                 shape = edit.constant(scope, f"{node.inputs[passage.shape].name}.flat", np.array([0, -1], np.int64))
                 edit.rewire(node, passage.shape, shape)
+                if node.attrs.get("allowzero", 0):  # under which 0 is a size, and not that of the input
+                    edit.set_integer(scope, node, "allowzero", 0)
         edit.forget_shapes(scope, set(sources))
 
     def _repeat(

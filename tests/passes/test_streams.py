@@ -87,6 +87,7 @@ FEATURES = {
     "Flatten from the end": "m = Flatten <axis=-3> (c)",
     "Reshape": "m = Reshape (c, free)",
     "Reshape to features": "m = Reshape (c, counted)",
+    "Reshape with allowzero": "m = Reshape <allowzero=1> (c, counted)",
     "Squeeze": "g = GlobalAveragePool (c)\n m = Squeeze (g, behind)",
     "ReduceMean": "m = ReduceMean <axes=[2,3], keepdims=0> (c)",
     "ReduceMax kept": "r = ReduceMax <axes=[-1,-2]> (c)\n m = Flatten (r)",

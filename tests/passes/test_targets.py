@@ -111,6 +111,7 @@ def scales(model, op):
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_outputs_stay(target, act_bits, images):
     result = made(images, target=target, act_bits=act_bits)
+    onnx.checker.check_model(result.model, full_check=True)
     wanted = session(network()).run(None, {"x": images})
     for optimize in (True, False):
         found = session(result.model, optimize=optimize).run(None, {"x": images})
@@ -244,3 +245,59 @@ def test_alignment_is_bounded(images):
         assert row["extra"] == 0
         assert "8 channels are too few for a multiple of 4" in row["reason"]
     assert any(row["extra"] for row in rows)
+
+
+SKIP = f"""{HEAD} g (float[N,8,8,8] x) => (float[N,4,8,8] y) {{
+    a = Conv <pads=[1,1,1,1]> (x, w2)
+    b = Add (a, x)
+    c = Relu (b)
+    y = Conv (c, w7)
+}}"""
+
+
+@pytest.mark.parametrize("ratio", [0, 0.3])
+@pytest.mark.parametrize("target", TARGETS)
+def test_nodes_stand_in_order_where_a_tensor_is_read_by_a_layer_and_a_sum(target, ratio):
+    """onnxruntime sorts nodes by itself; others do not."""
+    x = np.random.default_rng(0).standard_normal((4, 8, 8, 8)).astype(np.float32)
+    model = onnx.parser.parse_model(SKIP)
+    rng = np.random.default_rng(3)
+    for name, shape in (("w2", (8, 8, 3, 3)), ("w7", (4, 8, 1, 1))):
+        values = rng.standard_normal(shape).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    result = quantize(model, target=target, calibrate=x, first="same", ratio=ratio, max_expand=1)
+    onnx.checker.check_model(result.model, full_check=True)
+
+
+def test_a_layer_that_is_left_out_runs_as_float(images, tmp_path):
+    """With data quantized on both sides of it onnxruntime would round its weight by itself."""
+    model = network()
+    names = {node.output[0]: node for node in model.graph.node}
+    names["c4"].name = "left"
+    result = quantize(model, calibrate=images, target="ort", skip="^left$", bits=7, first="same")
+    operators = integer_operators(result.model, tmp_path)
+    assert operators["QLinearConv"] == LAYERS["Conv"] - 1
+    assert operators["Conv"] + operators["FusedConv"] == 1
+
+
+def test_a_tensor_that_a_body_reads_as_well_is_quantized_for_the_others(images):
+    text = f"""{HEAD} g (float[N,3,16,16] x) => (float[N,8,16,16] c, float[N,3,16,16] z) {{
+        c = Conv <pads=[1,1,1,1]> (x, w1, b1)
+        t = Constant <value = bool {{1}}> ()
+        z = If (t) <then_branch = p () => (float[N,3,16,16] k) {{ k = Relu (x) }},
+                    else_branch = q () => (float[N,3,16,16] l) {{ l = Neg (x) }}>
+    }}"""
+    model = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(3)
+    for name in ("w1", "b1"):
+        values = rng.standard_normal(WEIGHTS[name]).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    for target in TARGETS:
+        result = quantize(model, calibrate=images, target=target, first="same", bits=7, min_sqnr=20)
+        assert result.report["layers"][0]["act_bits"] == 8
+
+
+def test_statistics_of_another_target_are_said_to_lack_tensors(images, tmp_path):
+    made(images, target="generic", save_stats=tmp_path / "stats.npz")
+    result = quantize(network(), target="ort", stats=tmp_path / "stats.npz", bits=7, first="same")
+    assert any("statistics do not cover" in note for note in result.report["notes"])
