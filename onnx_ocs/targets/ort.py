@@ -13,7 +13,7 @@ TARGET = Target(
         {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather", "Resize"}
     ),
     absorbed=frozenset({"Relu", "Clip"}),
-    integer_bias=frozenset({"Gemm"}),
+    integer_bias=frozenset({"Gemm", "MatMul"}),  # which becomes a Gemm with the Add behind it
     integer_containers=frozenset({8}),  # others stay behind a DequantizeLinear
     gathers_integers=True,
     multiples=(4,),

@@ -301,3 +301,24 @@ def test_statistics_of_another_target_are_said_to_lack_tensors(images, tmp_path)
     made(images, target="generic", save_stats=tmp_path / "stats.npz")
     result = quantize(network(), target="ort", stats=tmp_path / "stats.npz", bits=7, first="same")
     assert any("statistics do not cover" in note for note in result.report["notes"])
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_matmul_and_the_sum_behind_it_run_on_integers(rank, tmp_path):
+    shape = "N,8" if rank == 2 else "N,3,8"
+    text = f"""{HEAD} g (float[{shape}] x) => (float[{shape.replace("8", "4")}] y) {{
+        m = MatMul (x, w)
+        h = Add (m, b)
+        r = Relu (h)
+        n = MatMul (r, v)
+        y = Add (c, n)
+    }}"""
+    model = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(3)
+    for name, dims in (("w", (8, 16)), ("b", (16,)), ("v", (16, 4)), ("c", (4,))):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(rng.standard_normal(dims).astype(np.float32), name))
+    x = rng.standard_normal((16, 8) if rank == 2 else (16, 3, 8)).astype(np.float32)
+    result = quantize(model, calibrate=x, target="ort", first="same", min_sqnr=25)
+    operators = integer_operators(result.model, tmp_path)
+    assert operators["QGemm"] + operators["MatMulIntegerToFloat"] + operators["QLinearMatMul"] == 2
+    assert not {"MatMul", "Gemm"} & set(operators)
