@@ -53,7 +53,7 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
         PlanActivations(acts, recipe.act_ratio, dynamic, recipe.act_unsigned, recipe.rules.unsigned, recipe.first),
         *([grid] if weights else []),
         *([PlanStreams(ratio, recipe.folds, recipe.split == "qa", *limits, *_gathers(recipe))] if weights else []),
-        *([PlaceTensors(recipe.rules)] if work.tensors else []),
+        *([PlaceTensors(recipe.rules, recipe.act_bits)] if work.tensors else []),
         ChooseActivationSteps(recipe.act_clip, recipe.rules.unsigned),
         PlanSplits(
             recipe.ratio,
@@ -152,7 +152,7 @@ def _found(run: Run, model: Model, select: SelectLayers, blocks: PlanBlocks) -> 
     work.plans = select.apply(work)
     work.plans = blocks.apply(work)
     if observe and not run.recipe.float and run.recipe.bits is not None:
-        work.plans = PlaceTensors(run.recipe.rules).apply(work)
+        work.plans = PlaceTensors(run.recipe.rules, run.recipe.act_bits).apply(work)
     return work, [item for item in found if isinstance(item, Declined)]
 
 

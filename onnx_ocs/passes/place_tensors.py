@@ -26,6 +26,7 @@ class PlaceTensors:
     name: ClassVar[str] = "place-tensors"
 
     target: Target
+    bits: int | None = 8  # of the data of layers
 
     def apply(self, work: Work) -> list[LayerPlan]:
         if self.target.outputs or self.target.skips:
@@ -54,7 +55,7 @@ class _Placement:
     """The tensors of one graph under way."""
 
     def __init__(self, options: PlaceTensors, work: Work) -> None:
-        self._target = options.target
+        self._target, self._bits = options.target, options.bits
         self._editor: Editor = work.editor
         self._main: Scope = work.editor.scopes[0]
         self._plans = {id(plan.layer.node): plan for plan in work.plans if self._takes_part(plan)}
@@ -183,6 +184,9 @@ class _Placement:
 
     def _is_absorbed(self, node: gs.Node) -> bool:
         if node.op not in self._target.absorbed or node.domain not in (None, "", "ai.onnx"):
+            return False
+        read = any(plan.layer.data is node.outputs[0] for plan in self._plans.values())
+        if node.op == "Clip" and read and self._bits != 8:  # the integer type goes on beyond its bounds
             return False
         place = Place(node, self._main, self._editor)
         return all(isinstance(place.weight(index), Weight) for index in range(1, len(node.inputs)))

@@ -322,3 +322,19 @@ def test_a_matmul_and_the_sum_behind_it_run_on_integers(rank, tmp_path):
     operators = integer_operators(result.model, tmp_path)
     assert operators["QGemm"] + operators["MatMulIntegerToFloat"] + operators["QLinearMatMul"] == 2
     assert not {"MatMul", "Gemm"} & set(operators)
+
+
+@pytest.mark.parametrize("act_bits", [8, 5])
+def test_a_clip_in_front_of_a_narrow_grid_leaves_the_conv_an_integer_kernel(act_bits, images, tmp_path):
+    text = f"""{HEAD} g (float[N,3,16,16] x) => (float[N,8,16,16] y) {{
+        c = Conv <pads=[1,1,1,1]> (x, w1, b1)
+        r = Clip (c, zero, six)
+        y = Conv (r, w3)
+    }}"""
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.extend(
+        tensor for tensor in network().graph.initializer if tensor.name in ("w1", "b1", "w3", "zero", "six")
+    )
+    result = quantize(model, calibrate=images, target="ort", act_bits=act_bits, first="same", min_sqnr=10)
+    operators = integer_operators(result.model, tmp_path)
+    assert operators["QLinearConv"] == 2
