@@ -192,7 +192,7 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--saturation-safe",
         action=argparse.BooleanOptionalAction,
-        help="no sum of two products leaves 16 bits, in which x86 without VNNI adds them (on, but for tensorrt)",
+        help="no sum of two products leaves 16 bits, in which x86 without VNNI adds them (on for ort and openvino)",
     )
 
 

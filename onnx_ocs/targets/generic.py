@@ -5,5 +5,4 @@ from onnx_ocs.targets.base import Target
 TARGET = Target(
     name="generic",
     summary="symmetric INT8 at the inputs of Conv, Gemm and MatMul; runs everywhere",
-    adds_pairs=True,  # as some of its runtimes do
 )
