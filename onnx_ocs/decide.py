@@ -44,16 +44,34 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
     if recipe.fold_bn and _fold(run, model, work):
         work, declined = _found(run, model, select, blocks)
     work.statistics = _statistics(run, model, work) if recipe.calibrates else {}
+    if missing := sum(tensor.observed.key not in work.statistics for tensor in work.tensors):
+        run.notes.append(
+            f"the statistics do not cover {missing} tensors that target {recipe.target} quantizes, so that the layers "
+            f"around them may not run on integers; calibrate again with --target {recipe.target}"
+        )
+    for step in _steps(recipe, grid, bool(work.tensors)):
+        work.plans = step.apply(work)
+    if blocks.block is not None and not any(plan.block for plan in work.plans):
+        run.notes.append("no weight has a scale for each block (--block)")
+    if uncovered := sum(plan.float_data == UNCOVERED for plan in work.plans):
+        run.notes.append(
+            f"{UNCOVERED} of {uncovered} layers, which stays float; calibrate again without --only and --skip"
+        )
+    return work, declined
+
+
+def _steps(recipe: Recipe, grid: ChooseGrid, placed: bool) -> list[Pass]:
+    """The deciding passes, in their order; ``placed``: some tensors are quantized where they are made."""
     dynamic = recipe.act_split == "dynamic"
     acts = recipe.act_bits if not recipe.float or recipe.act_ratio else None
     weights = recipe.bits is not None or recipe.float
     ratio = max(recipe.ratio, recipe.act_ratio)
     limits = recipe.multiples, recipe.max_expand
-    steps: list[Pass] = [
+    return [
         PlanActivations(acts, recipe.act_ratio, dynamic, recipe.act_unsigned, recipe.rules.unsigned, recipe.first),
         *([grid] if weights else []),
         *([PlanStreams(ratio, recipe.folds, recipe.split == "qa", *limits, *_gathers(recipe))] if weights else []),
-        *([PlaceTensors(recipe.rules, recipe.act_bits)] if work.tensors else []),
+        *([PlaceTensors(recipe.rules, recipe.act_bits)] if placed else []),
         ChooseActivationSteps(recipe.act_clip, recipe.rules.unsigned),
         PlanSplits(
             recipe.ratio,
@@ -65,20 +83,6 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
         ),
         *([ChooseSteps(recipe.clip, recipe.safe, recipe.split == "qa")] if weights else []),
     ]
-    if missing := sum(tensor.observed.key not in work.statistics for tensor in work.tensors):
-        run.notes.append(
-            f"the statistics do not cover {missing} tensors that target {recipe.target} quantizes, so that the layers "
-            f"around them may not run on integers; calibrate again with --target {recipe.target}"
-        )
-    for step in steps:
-        work.plans = step.apply(work)
-    if blocks.block is not None and not any(plan.block for plan in work.plans):
-        run.notes.append("no weight has a scale for each block (--block)")
-    if uncovered := sum(plan.float_data == UNCOVERED for plan in work.plans):
-        run.notes.append(
-            f"{UNCOVERED} of {uncovered} layers, which stays float; calibrate again without --only and --skip"
-        )
-    return work, declined
 
 
 def _gathers(recipe: Recipe) -> tuple[int, int, int]:

@@ -1,10 +1,13 @@
 """What all tests share."""
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from onnx_ocs.cli import main
 
 ROOT = Path(__file__).parent.parent
 ASSETS = Path(os.environ.get("ONNX_OCS_ASSETS", ROOT.parent / "shared" / "assets"))
@@ -32,3 +35,21 @@ def assets() -> Path:
 def models() -> Path:
     """The small models that come with the project."""
     return ROOT / "models"
+
+
+@pytest.fixture
+def command(capsys):
+    """Run the command line in this process: exit status, standard output, standard error."""
+
+    def run(*arguments):
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            status = stop.code
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run

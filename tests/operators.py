@@ -99,3 +99,15 @@ def with_weights(model: onnx.ModelProto, seed: int = 0) -> onnx.ModelProto:
         model.graph.initializer.append(onnx.numpy_helper.from_array(held, value.name))
         model.graph.input.remove(value)
     return model
+
+
+def feed(model, seed=1):
+    """Random values for each input."""
+    rng = np.random.default_rng(seed)
+    made = {}
+    for value in model.graph.input:
+        kind = value.type.tensor_type
+        shape = [dim.dim_value for dim in kind.shape.dim]
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        made[value.name] = np.ones(shape, bool) if dtype.kind == "b" else rng.standard_normal(shape).astype(dtype)
+    return made

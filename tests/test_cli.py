@@ -15,26 +15,6 @@ import onnx
 import pytest
 from operators import row_model
 
-from onnx_ocs.cli import main
-
-
-@pytest.fixture
-def command(capsys):
-    """Run the command line in this process: exit status, standard output, standard error."""
-
-    def run(*arguments):
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            status = main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            status = stop.code
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
-
 
 @pytest.fixture
 def source(tmp_path):

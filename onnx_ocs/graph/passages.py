@@ -38,13 +38,7 @@ class Crossing:
 
     def shape(self, index: int) -> tuple[int | None, ...]:
         """The dimensions of an input; none if free."""
-        return self._shape(self.node.inputs[index])
-
-    @property
-    def output_shape(self) -> tuple[int | None, ...]:
-        return self._shape(self.node.outputs[0])
-
-    def _shape(self, tensor: gs.Tensor) -> tuple[int | None, ...]:
+        tensor = self.node.inputs[index]
         found = self.place.editor.shapes.get(tensor.name)
         if found is None:
             raise Refused(f"the shape of {tensor.name!r} is not known")

@@ -222,10 +222,10 @@ class _Flood:
         shape = self._editor.shapes.get(tensor.name)
         if shape is not None and len(shape) >= -axis and (size := shape[axis]) is not None:
             return size
-        known = [self._ids[node.name] for node in (out,) if node.name in self._ids]
-        if passage.joined or not known or len(known[0]) % passage.block:
+        known = self._ids.get(out.name)
+        if passage.joined or known is None or len(known) % passage.block:
             raise Refused(f"the channels of {tensor.name!r} are not counted")
-        return len(known[0]) // passage.block
+        return len(known) // passage.block
 
     def _fresh(self, number: int) -> Ids:
         start = len(self._parent)

@@ -49,10 +49,9 @@ class ChooseActivationSteps:
                 for group in _grouped(members, lambda plan: plan.together)
                 for plan in group
             }
+            keys = {plan.tensor.name: plan.observed.key for plan in members}
             ends = {
-                name: self._range(seen[plan.observed.key], splits.get(name), width[name], self.shifted)
-                for plan in members
-                for name in [plan.tensor.name]
+                name: self._range(seen[key], splits.get(name), width[name], self.shifted) for name, key in keys.items()
             }
             groups = [members] if _fits(members, ends) else list(_grouped(members, lambda plan: plan.together))
             for group in groups:

@@ -99,8 +99,9 @@ class _Placement:
                     self._together.join(node.inputs[index].name, out.name)
                 if node.op in self._target.moves | self._target.one_scale:
                     self._better.join(node.inputs[index].name, out.name)
+        order = {id(node): place for place, node in enumerate(nodes)}
         for node in nodes:
-            if node.op in self._target.skips and (place := self._skip(node, nodes)) is not None:
+            if node.op in self._target.skips and (place := self._skip(node, order)) is not None:
                 self._want(node.inputs[place], (node, place))
         found = {plan.observed.name: plan.observed for plan in self._plans.values() if plan.observed is not None}
         return [
@@ -117,15 +118,14 @@ class _Placement:
             for name, tensor in self._tensors.items()
         ]
 
-    def _skip(self, node: gs.Node, nodes: list[gs.Node]) -> int | None:
+    def _skip(self, node: gs.Node, order: dict[int, int]) -> int | None:
         """Of a sum of two values the one that was there first, if a layer makes the other, which then adds it."""
         places = [Place(node, self._main, self._editor).weight(index) for index in range(len(node.inputs))]
         if len(places) != 2 or any(isinstance(found, Weight) for found in places):
             return None
-        order = {id(other): place for place, other in enumerate(nodes)}
         at = [order.get(id(tensor.inputs[0]), -1) if tensor.inputs else -1 for tensor in node.inputs]
         last = at.index(max(at))
-        if at[last] < 0 or id(nodes[at[last]]) not in self._plans:
+        if at[last] < 0 or id(node.inputs[last].inputs[0]) not in self._plans:
             return None
         return None if node.inputs[1 - last].name in self._float else 1 - last
 

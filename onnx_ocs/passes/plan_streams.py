@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from onnx_ocs.graph.layers import Layer
 from onnx_ocs.graph.streams import Stream, stream_of
@@ -53,9 +53,8 @@ class PlanStreams:
             readers = {id(layer.node) for layer in stream.readers}
             together = [other for other in work.plans if id(other.layer.node) in readers]
             refused = self._refused(together, stream)
-            for other in together:
-                made = self._choose(work, other, stream) if refused is None else replace(other, copied=refused)
-                found[id(other.layer.node)] = made
+            chosen = self._choice(work, stream) if refused is None else {"copied": refused}
+            found |= {id(other.layer.node): replace(other, **chosen) for other in together}
         return [found.get(id(plan.layer.node), plan) for plan in work.plans]
 
     def _may_split(self, plan: LayerPlan) -> bool:
@@ -87,13 +86,14 @@ class PlanStreams:
             return "its features are several of each channel"
         return None
 
-    def _choose(self, work: Work, plan: LayerPlan, stream: Stream) -> LayerPlan:
+    def _choice(self, work: Work, stream: Stream) -> dict[str, Any]:
+        """What the plans of all readers of a stream say of it."""
         extra = room(self.ratio, stream.channels, 0, self.multiples, self.most).extra
         gather, fold = self._gather(work, stream, extra), self._fold(work, stream, extra)
         costs = {"gather": gather, "fold": fold}
         if self.fold == "auto" and fold.total >= gather.total:
-            return replace(plan, copied="a Gather is estimated to cost less", costs=costs)
-        return replace(plan, stream=stream, costs=costs)
+            return {"copied": "a Gather is estimated to cost less", "costs": costs}
+        return {"stream": stream, "costs": costs}
 
     def _gather(self, work: Work, stream: Stream, extra: int) -> Cost:
         """Each tensor that a reader reads is moved."""

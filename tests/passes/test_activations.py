@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import onnxruntime as ort
+import operators
 import pytest
 from operators import HEAD, ROWS, UNSPLIT, row_model, with_weights
 
@@ -31,15 +32,10 @@ OPTIONS = {
 
 def feed(model, seed=1):
     """Random values for each input, the first channel larger than the others."""
-    rng = np.random.default_rng(seed)
-    made = {}
-    for value in model.graph.input:
-        kind = value.type.tensor_type
-        shape = [dim.dim_value for dim in kind.shape.dim]
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-        made[value.name] = np.ones(shape, bool) if dtype.kind == "b" else rng.standard_normal(shape).astype(dtype)
-        if dtype.kind == "f" and len(shape) > 1:
-            made[value.name][:, 0] *= 3
+    made = operators.feed(model, seed)
+    for values in made.values():
+        if values.dtype.kind == "f" and values.ndim > 1:
+            values[:, 0] *= 3
     return made
 
 

@@ -8,7 +8,7 @@ import onnx.numpy_helper
 import onnx.parser
 import onnxruntime as ort
 import pytest
-from operators import HEAD, ROWS, row_model, with_weights
+from operators import HEAD, ROWS, feed, row_model, with_weights
 
 from onnx_ocs import lint, quantize
 from onnx_ocs.cli import main
@@ -30,17 +30,6 @@ def mlp():
     for name, shape in SHAPES.items():
         model.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
     return with_weights(model)
-
-
-def feed(model, seed=1):
-    rng = np.random.default_rng(seed)
-    made = {}
-    for value in model.graph.input:
-        kind = value.type.tensor_type
-        shape = [dim.dim_value for dim in kind.shape.dim]
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-        made[value.name] = np.ones(shape, bool) if dtype.kind == "b" else rng.standard_normal(shape).astype(dtype)
-    return made
 
 
 def run(model, optimize=True, optimized=None):

@@ -5,7 +5,7 @@ import onnx
 import onnx.parser
 import onnxruntime as ort
 import pytest
-from operators import ROWS, UNSPLIT, row_model, with_weights
+from operators import ROWS, UNSPLIT, feed, row_model, with_weights
 
 from onnx_ocs import quantize, split
 from onnx_ocs.graph.editor import Editor
@@ -14,18 +14,6 @@ from onnx_ocs.graph.model import Model
 from onnx_ocs.numerics.clip import CLIP_METHODS
 
 PLAIN = [name for name, method in CLIP_METHODS.items() if not method.parameter]
-
-
-def feed(model, seed=1):
-    """Random values for each input."""
-    rng = np.random.default_rng(seed)
-    made = {}
-    for value in model.graph.input:
-        kind = value.type.tensor_type
-        shape = [dim.dim_value for dim in kind.shape.dim]
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-        made[value.name] = np.ones(shape, bool) if dtype.kind == "b" else rng.standard_normal(shape).astype(dtype)
-    return made
 
 
 def run(model, inputs):

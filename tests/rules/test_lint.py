@@ -1,7 +1,6 @@
 """The lint as a whole: the function, the command line, and models that other tools write."""
 
 import json
-import signal
 from xml.etree import ElementTree
 
 import numpy as np
@@ -11,7 +10,6 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from quantized import int4, qdq_model
 
 from onnx_ocs import UnsupportedModel, lint, quantize
-from onnx_ocs.cli import main
 from onnx_ocs.graph.model import Model
 from onnx_ocs.graph.quantized import Wiring
 from onnx_ocs.rules.base import RULES
@@ -26,21 +24,9 @@ CLEAN = """g (float[1,16,6,6] x) => (float[1,32,4,4] y) {
 
 
 @pytest.fixture
-def command(capsys):
+def command(command):
     """Run ``onnx-ocs lint`` in this process: exit status, standard output, standard error."""
-
-    def run(*arguments):
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            status = main(["lint", *(str(argument) for argument in arguments)])
-        except SystemExit as stop:
-            status = stop.code
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
+    return lambda *arguments: command("lint", *arguments)
 
 
 @pytest.fixture
