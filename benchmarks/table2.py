@@ -62,7 +62,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for network in networks(arguments):
             stats = Path(folder, f"{network.name}.npz")
-            quantize(network.model, calibrate=network.calibration, save_stats=stats, verify=False)
+            quantize(network.model, calibrate=network.calibration, save_stats=stats, verify=False, round="nearest")
             print_head(network, "bits", COLUMNS)
             for bits in arguments.bits:
                 found = row(network, bits, None if arguments.weights_only else 8, stats)

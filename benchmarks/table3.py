@@ -55,7 +55,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for network in networks(arguments):
             stats = Path(folder, f"{network.name}.npz")
-            quantize(network.model, calibrate=network.calibration, save_stats=stats, verify=False)
+            quantize(network.model, calibrate=network.calibration, save_stats=stats, verify=False, round="nearest")
             print_head(network, "act bits", COLUMNS)
             for bits in arguments.act_bits:
                 found = row(network, bits, arguments.weight_bits, stats)

@@ -15,7 +15,7 @@ from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.hints import table_lengths
 from onnx_ocs.graph.model import Model
 from onnx_ocs.graph.samples import Samples
-from onnx_ocs.recipe import Recipe, stored_recipe
+from onnx_ocs.recipe import PRESETS, Recipe, stored_recipe
 from onnx_ocs.rules import LayerKernel, find_violations
 from onnx_ocs.rules.base import Finding
 from onnx_ocs.run import Calibration, Source
@@ -83,7 +83,7 @@ def quantize(
     if calibrate is not None and stats is not None:
         raise ValueError("stats takes the place of calibrate; give one of them")
     calibration = Calibration(calibrate, _path(stats), _path(save_stats))
-    chosen = resolve(options, preset, recipe, calibration.given)
+    chosen = resolve(options, preset, recipe, calibration.given, calibrate is not None)
     if save_stats is not None and (calibrate is None or not chosen.calibrates):
         raise ValueError("save-stats keeps what calibration sees, and with these options there is none")
     for beside in (report, save_stats):
@@ -106,9 +106,11 @@ def resolve(
     preset: str | None = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
     calibrated: bool = False,
+    sampled: bool | None = None,
 ) -> Recipe:
     """The recipe of some explicit options; ``per_tensor``, ``no_verify`` and the like are understood as on the command
-    line. With calibration activations have 8 bits if nothing else is said.
+    line. With calibration activations have 8 bits, and with samples weights are rounded by ``hessian``, if nothing else
+    is said.
 
     Raises:
         ValueError: an option is unknown or out of its range.
@@ -126,7 +128,15 @@ def resolve(
         stored = stored["recipe"]
     if calibrated and (stored or {}).get("act_bits") is None:
         given.setdefault("act_bits", 8)
+    decided = {**(stored or {}), **(PRESETS.get(preset or "", {})), **given}
+    sampled = calibrated if sampled is None else sampled
+    if "round" not in decided:
+        data = sampled and decided.get("bits", 8) is not None and not decided.get("float", False)
+        naive = decided.get("split") == "naive"
+        given["round"] = "nearest" if naive else "hessian" if data else "compensated"
     made = Recipe.of(given, preset, stored)
+    if made.needs_moments and not sampled:
+        raise ValueError("round hessian needs samples (--calibrate); --round compensated does without")
     if made.calibrates and not calibrated:
         raise ValueError("act-bits needs samples: give --calibrate or --stats, or scale by batch (--act-split dynamic)")
     return made

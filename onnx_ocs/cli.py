@@ -137,7 +137,21 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clip",
         metavar="M",
-        help=f"threshold of the weights: {', '.join(clip_names())} ({defaults.clip})".replace("%", "%%"),
+        help=(
+            f"threshold of the weights: {', '.join(clip_names())}, or auto: with --round hessian the least error of "
+            f"the output, else none ({defaults.clip})"
+        ).replace("%", "%%"),
+    )
+    parser.add_argument(
+        "--round",
+        choices=CHOICES["round"],
+        help="nearest; compensated: error sums of kernels and outputs vanish; hessian: the least error of the output "
+        "on the samples (hessian with --calibrate, else compensated)",
+    )
+    parser.add_argument(
+        "--bias-correction",
+        action=argparse.BooleanOptionalAction,
+        help="biases make up for the mean error of the outputs, where samples tell it (on)",
     )
     grain = parser.add_mutually_exclusive_group()
     grain.add_argument(
@@ -317,7 +331,7 @@ def _transform(options: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     if samples["save_stats"] is not None and samples["calibrate"] is None:
         parser.error("--save-stats keeps what --calibrate sees; give samples")
     calibrated = samples["calibrate"] is not None or samples["stats"] is not None
-    recipe = _resolve(given, parser, calibrated)
+    recipe = _resolve(given, parser, calibrated, samples["calibrate"] is not None)
     if samples["save_stats"] is not None and not Recipe.of(recipe).calibrates:
         parser.error("--save-stats keeps what calibration sees, and with these options there is none")
     with _progress(quiet) as progress:
@@ -336,10 +350,12 @@ def _transform(options: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     return DONE
 
 
-def _resolve(given: dict[str, Any], parser: argparse.ArgumentParser, calibrated: bool = False) -> dict[str, Any]:
+def _resolve(
+    given: dict[str, Any], parser: argparse.ArgumentParser, calibrated: bool = False, sampled: bool = False
+) -> dict[str, Any]:
     """The recipe of the options that were given; options that make none are wrong usage."""
     try:
-        return api.resolve(given, given.pop("preset"), given.pop("recipe", None), calibrated).plain()
+        return api.resolve(given, given.pop("preset"), given.pop("recipe", None), calibrated, sampled).plain()
     except ValueError as error:
         parser.error(str(error))
 

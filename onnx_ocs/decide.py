@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from onnx_ocs import calibrate
+from onnx_ocs import calibrate, moments
+from onnx_ocs.graph.contraction import contraction
 from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.layers import Declined, Layer, find_layers
 from onnx_ocs.graph.model import Model
@@ -11,6 +12,7 @@ from onnx_ocs.graph.opset import CannotRaise, raise_opset
 from onnx_ocs.passes.base import LayerPlan, Pass, Work, observed
 from onnx_ocs.passes.choose_activation_steps import ChooseActivationSteps
 from onnx_ocs.passes.choose_grid import ChooseGrid
+from onnx_ocs.passes.choose_rounding import ChooseRounding
 from onnx_ocs.passes.choose_steps import ChooseSteps
 from onnx_ocs.passes.fold_batch_normalization import FoldBatchNormalization
 from onnx_ocs.passes.place_tensors import PlaceTensors
@@ -43,7 +45,8 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
         work, declined = _found(run, model, select, blocks)
     if recipe.fold_bn and _fold(run, model, work):
         work, declined = _found(run, model, select, blocks)
-    work.statistics = _statistics(run, model, work) if recipe.calibrates else {}
+    work.statistics = _statistics(run, model, work) if run.observes else {}
+    work.stored = _moments(run, model, work) if run.gathers else {}
     if missing := sum(tensor.observed.key not in work.statistics for tensor in work.tensors):
         run.notes.append(
             f"the statistics do not cover {missing} tensors that target {recipe.target} quantizes, so that the layers "
@@ -67,6 +70,7 @@ def _steps(recipe: Recipe, grid: ChooseGrid, placed: bool) -> list[Pass]:
     weights = recipe.bits is not None or recipe.float
     ratio = max(recipe.ratio, recipe.act_ratio)
     limits = recipe.multiples, recipe.max_expand
+    thresholds = recipe.clip, recipe.safe, recipe.split == "qa"
     return [
         PlanActivations(acts, recipe.act_ratio, dynamic, recipe.act_unsigned, recipe.rules.unsigned, recipe.first),
         *([grid] if weights else []),
@@ -81,7 +85,8 @@ def _steps(recipe: Recipe, grid: ChooseGrid, placed: bool) -> list[Pass]:
             shared=recipe.target != "generic" or recipe.folds != "never",
             whole_blocks=recipe.rules.whole_blocks,
         ),
-        *([ChooseSteps(recipe.clip, recipe.safe, recipe.split == "qa")] if weights else []),
+        *([ChooseRounding(recipe.round, recipe.bias_correction)] if weights else []),
+        *([ChooseSteps(*thresholds)] if weights else []),
     ]
 
 
@@ -136,6 +141,27 @@ def _statistics(run: Run, model: Model, work: Work) -> calibrate.Seen:
     return run.seen or {}
 
 
+def _moments(run: Run, model: Model, work: Work) -> dict[str, moments.Stored]:
+    """Moments of the data of the selected layers."""
+    recipe, samples = run.recipe, run.calibration.samples
+    layers = [plan.contraction for plan in work.plans if plan.contraction is not None and not plan.declined]
+    if not isinstance(samples, Path) or not layers:
+        return {}
+    if run.moments is None:
+        with run.timed("calibrate"):
+            run.moments = moments.gather(
+                model,
+                layers,
+                samples,
+                run.folder,
+                recipe.calibration_samples,
+                recipe.batch,
+                recipe.needs_moments,
+                run.timeout,
+            )
+    return run.moments
+
+
 def _fold(run: Run, model: Model, work: Work) -> int:
     """Fold BatchNormalization nodes into the layers before them that are worked on; how many."""
     folded, kept = 0, frozenset(plan.layer.name for plan in work.plans if plan.declined)
@@ -152,12 +178,19 @@ def _found(run: Run, model: Model, select: SelectLayers, blocks: PlanBlocks) -> 
     found = find_layers(editor := Editor(model))
     layers = [item for item in found if isinstance(item, Layer)]
     observe = run.recipe.calibrates
-    work = Work(editor, [LayerPlan(layer, observed(editor, layer) if observe else None) for layer in layers])
+    seen = run.observes or run.gathers
+    work = Work(editor, [_plan(editor, layer, seen) for layer in layers])
     work.plans = select.apply(work)
     work.plans = blocks.apply(work)
     if observe and not run.recipe.float and run.recipe.bits is not None:
         work.plans = PlaceTensors(run.recipe.rules, run.recipe.act_bits).apply(work)
     return work, [item for item in found if isinstance(item, Declined)]
+
+
+def _plan(editor: Editor, layer: Layer, seen: bool) -> LayerPlan:
+    """A plan with nothing decided; ``seen``: samples will run."""
+    found = observed(editor, layer) if seen else None
+    return LayerPlan(layer, found, contraction(layer) if found is not None else None)
 
 
 def _raise_opset(run: Run, model: Model, work: Work, grid: ChooseGrid, blocks: PlanBlocks) -> bool:

@@ -19,6 +19,7 @@ from onnx_ocs.graph.model import Model
 from onnx_ocs.graph.samples import stored
 from onnx_ocs.numerics.weights import range_of, recombination_error
 from onnx_ocs.passes.base import LayerPlan, Work
+from onnx_ocs.passes.correct_biases import CorrectBiases
 from onnx_ocs.passes.quantize_activations import QuantizeActivations
 from onnx_ocs.passes.quantize_biases import QuantizeBiases
 from onnx_ocs.passes.quantize_weights import QuantizeWeights
@@ -90,7 +91,7 @@ def transform(
 
 def _attempt(run: Run) -> Outcome:
     """With the narrowest integers first, and with INT8 if the result does not pass."""
-    if run.calibration.given and not run.recipe.calibrates:
+    if run.calibration.given and not (run.observes or run.gathers):
         run.notes.append("no statistics of activations are needed with these options; none were gathered or used")
     try:
         return _saving_stats(run, _transform(run))
@@ -140,6 +141,7 @@ def _transform(run: Run) -> Outcome:
         with run.timed("quantize"):
             if recipe.bits is not None:
                 work.plans = QuantizeWeights(aware=aware).apply(work)
+                work.plans = CorrectBiases().apply(work)
             work.plans = QuantizeBiases(recipe.rules.integer_bias).apply(work)
             work.plans = QuantizeActivations(recipe.rules.gathers_integers, recipe.rules.clips_integers).apply(work)
             work.editor.commit()

@@ -12,6 +12,7 @@ from onnx_ocs.calibrate import BATCH, STRIDE
 from onnx_ocs.errors import BadRecipe
 from onnx_ocs.graph.layers import READERS
 from onnx_ocs.numerics.clip import parse_clip
+from onnx_ocs.numerics.rounding import ROUNDINGS
 from onnx_ocs.numerics.split import POLICIES
 from onnx_ocs.targets import TARGETS
 from onnx_ocs.targets.base import Target
@@ -21,6 +22,7 @@ Number = float
 CHOICES: dict[str, tuple[str, ...]] = {
     "split": ("qa", "naive"),
     "split_policy": tuple(POLICIES),
+    "round": tuple(ROUNDINGS),
     "first": ("float", "int8", "same"),
     "act_split": ("static", "dynamic"),
     "container": ("auto", "int8"),
@@ -36,6 +38,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "split": "qa",
         "split_policy": "halving",
         "clip": "none",
+        "round": "nearest",
+        "bias_correction": False,
         "first": "float",
         "quantize_ops": ("Conv", "ConvTranspose"),
         "fold": "never",
@@ -58,7 +62,9 @@ class Recipe:
 
     bits: int | None = 8
     ratio: Number = 0.02
-    clip: str = "none"
+    clip: str = "auto"
+    round: str = "compensated"
+    bias_correction: bool = True
     per_channel: bool = True
     block: int | None = None
     split: str = "qa"
@@ -103,7 +109,8 @@ class Recipe:
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         for name in ("clip", "act_clip"):
             object.__setattr__(self, name, str(getattr(self, name)))
-            parse_clip(getattr(self, name))
+            if (name, getattr(self, name)) != ("clip", "auto"):
+                parse_clip(getattr(self, name))
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{_option(name)} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
@@ -152,6 +159,8 @@ class Recipe:
     def _check_together(self) -> None:
         if self.block is not None and self.bits is None and not self.float:
             raise ValueError("block gives weights a scale for each block, and with bits none they stay float")
+        if self.split == "naive" and self.round != "nearest":
+            raise ValueError(f"split naive rounds each share by itself, to nearest; round {self.round} needs split qa")
         if self.act_bits is None and (self.act_split == "dynamic" or self.act_ratio):
             raise ValueError("activations stay float without act-bits, which act-split and act-ratio need")
         if self.float and self.act_split == "dynamic":
@@ -165,6 +174,16 @@ class Recipe:
     def calibrates(self) -> bool:
         """Whether samples are needed to choose the scales of activations."""
         return self.act_bits is not None and self.act_split == "static" and (not self.float or self.act_ratio > 0)
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether samples are needed to round the weights."""
+        return self.round == "hessian" and self.bits is not None and not self.float
+
+    @property
+    def corrects(self) -> bool:
+        """Whether biases make up for the mean error of the outputs, where it is known."""
+        return self.bias_correction and self.bits is not None and not self.float
 
     @property
     def multiples(self) -> tuple[int, ...]:

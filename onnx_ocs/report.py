@@ -38,6 +38,9 @@ def _row(plan: LayerPlan, is_float: bool) -> dict[str, Any]:
         "block_reason": plan.block_reason,
         "threshold": _threshold(plan),
         "narrowed": plan.narrowed,
+        "round": plan.rounding,
+        "round_reason": plan.rounding_reason,
+        "bias_corrected": plan.shift is not None,
         "sqnr_db": plan.sqnr_db,
         **_activation(plan, is_float),
     }

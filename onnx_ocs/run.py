@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx
 
-from onnx_ocs import calibrate
+from onnx_ocs import calibrate, moments
 from onnx_ocs.graph.samples import Samples
 from onnx_ocs.recipe import Recipe
 
@@ -47,8 +47,19 @@ class Run:
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     seen: calibrate.Seen | None = None
+    moments: "dict[str, moments.Stored] | None" = None
     folded: int = 0  # BatchNormalization nodes
     inside: float = 0.0  # seconds of the stages within the present one, which count as theirs
+
+    @property
+    def observes(self) -> bool:
+        """Whether statistics of activations are needed: for their scales, or for what biases make up for."""
+        return self.recipe.calibrates or (self.recipe.corrects and self.calibration.stats is not None)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether moments of the data of layers are: to round weights, or for what biases make up for."""
+        return (self.recipe.needs_moments or self.recipe.corrects) and self.calibration.samples is not None
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:

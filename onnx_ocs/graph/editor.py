@@ -52,9 +52,10 @@ class Scope:
         return [] if isinstance(self.proto, onnx.FunctionProto) else list(self.proto.initializer)
 
     def holds(self, tensor: gs.Tensor) -> bool:
-        """Whether this very graph has ``tensor`` as an initializer or makes it by a node of the source."""
+        """Whether this very graph has ``tensor`` as an initializer, also an added one, or makes it by a node of the
+        source."""
         if isinstance(tensor, gs.Constant):
-            return any(held.name == tensor.name for held in self.constants)
+            return any(held.name == tensor.name for held in (*self.constants, *self.added))
         return any(id(node) in self.sources for node in tensor.inputs)
 
     @property

@@ -72,6 +72,7 @@ class Layer:
     output_axis: int | None  # of the weight; none for a vector
     groups: int = 1
     groups_on_input: bool = False  # the groups stand behind each other along the input axis, not the output axis
+    kernel: bool = False  # an output is a sum over the other axes of the weight as well
 
     @property
     def channels(self) -> int:
@@ -191,7 +192,8 @@ def name_of(place: Place) -> str:
 def conv(place: Place) -> Layer:
     """data (N, C, *spatial), weight (M, C / group, *kernel)."""
     weight, groups = _weight(place, 1, at_least=3), place.integer("group", 1)
-    return _layer(place, weight, 1, 0, data_axis=1 - len(weight.shape), input_axis=1, output_axis=0, groups=groups)
+    axes = {"data_axis": 1 - len(weight.shape), "input_axis": 1, "output_axis": 0}
+    return _layer(place, weight, 1, 0, **axes, groups=groups, kernel=place.node.op == "Conv")
 
 
 @reads("ConvTranspose")

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from onnx_ocs.numerics.clip import thresholds
 from onnx_ocs.numerics.compare import decibels
-from onnx_ocs.numerics.grid import Grid, nearest, pieces
+from onnx_ocs.numerics.grid import CHUNK, Grid, nearest, pieces
 from onnx_ocs.numerics.histogram import histogram
+from onnx_ocs.numerics.rounding import ROUNDINGS, Factor, Rows
 from onnx_ocs.numerics.split import (
     SplitPlan,
     along,
@@ -23,6 +24,12 @@ from onnx_ocs.numerics.split import (
     plan_splits,
     recombine,
 )
+
+FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6)
+"""Of the largest share, that are tried as the threshold with the least error of the output."""
+
+WIDE = 2**22
+"""Weights that are rounded at a time where that is more work than to read them (32 MB for each array of them)."""
 
 BLOCKS = 2**10
 """Blocks whose thresholds are chosen at a time, so that their histograms take 16 MB."""
@@ -41,6 +48,7 @@ class Axes:
     groups: int = 1
     groups_on_input: bool = False
     block: int | None = None
+    kernel: bool = False  # an output is a sum over all other axes as well (Conv); else they are as many outputs
 
 
 def channel_peaks(weight: NDArray[Any], axes: Axes) -> NDArray[np.floating]:
@@ -187,21 +195,75 @@ def split_floats(
     return by_group(lambda plan, part, steps: expand(part, plan, axes.input, steps), plans, axes, weight, wide)
 
 
+def grouped(values: NDArray[Any], axes: Axes) -> NDArray[Any]:
+    """(groups, O, I, K): the rows of each group, by input channel and position of the kernel."""
+    if axes.output is None:
+        return np.moveaxis(values, axes.input, -1).reshape(1, -1, values.shape[axes.input], 1)
+    moved = np.moveaxis(values, (axes.output, axes.input), (0, 1))
+    outputs, inputs = moved.shape[:2]
+    rows: NDArray[Any] = moved.reshape(outputs, inputs, -1)
+    if axes.groups_on_input:
+        rows = rows.reshape(outputs, axes.groups, -1, rows.shape[2]).swapaxes(0, 1)
+    else:
+        rows = rows.reshape(axes.groups, -1, inputs, rows.shape[2])
+    if axes.kernel:
+        return rows
+    return rows.swapaxes(2, 3).reshape(axes.groups, -1, rows.shape[2], 1)
+
+
+def ungrouped(rows: NDArray[Any], axes: Axes, shape: tuple[int, ...]) -> NDArray[Any]:
+    """What :func:`grouped` made rows of, in its own shape."""
+    if axes.output is None:
+        others = [size for axis, size in enumerate(shape) if axis != axes.input]
+        return np.moveaxis(rows.reshape(*others, shape[axes.input]), -1, axes.input)
+    outputs, inputs = shape[axes.output], shape[axes.input]
+    others = [size for axis, size in enumerate(shape) if axis not in (axes.output, axes.input)]
+    inner = int(np.prod(others))
+    per_group = outputs if axes.groups_on_input else outputs // axes.groups
+    if not axes.kernel:
+        rows = rows.reshape(axes.groups, per_group, inner, -1).swapaxes(2, 3)
+    if axes.groups_on_input:
+        rows = rows.swapaxes(0, 1)
+    whole = rows.reshape(outputs, inputs, *others)
+    return np.moveaxis(whole, (0, 1), (axes.output, axes.input))
+
+
+def widened_limits(plans: tuple[SplitPlan, ...], axes: Axes, levels: int) -> NDArray[np.int64]:
+    """(groups, I), the largest integer of each input channel of each group."""
+    limits = np.stack([plan.widening * levels for plan in plans])
+    if axes.groups_on_input:
+        return limits.reshape(axes.groups, -1)
+    return np.broadcast_to(limits, (axes.groups, limits.shape[1]))
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """How a weight is rounded, and what that rests on."""
+
+    rounding: str = "nearest"
+    factors: tuple[Factor, ...] = ()  # of the data of each group, for ``hessian``
+
+
+NEAREST = Task()
+
+
 def split_integers(
-    weight: NDArray[Any], plans: tuple[SplitPlan, ...], axes: Axes, step: NDArray[np.float32], bits: int, aware: bool
+    weight: NDArray[Any],
+    plans: tuple[SplitPlan, ...],
+    axes: Axes,
+    step: NDArray[np.float32],
+    bits: int,
+    aware: bool,
+    task: Task = NEAREST,
 ) -> tuple[NDArray[np.int8], float]:
     """The integers of each copy on the grid, and the signal-to-noise ratio of the weight they stand for, in dB.
 
-    Quantization-aware splitting rounds the weight to nearest on the widened range of its channel and deals the integer
-    out to the copies (Equation 8); naive splitting rounds each share by itself.
+    Quantization-aware splitting rounds the weight on the widened range of its channel, by any rounding, and deals the
+    integer out to the copies (Equation 8); naive splitting rounds each share by itself, to nearest.
     """
     grid = Grid(bits)
     wide = shaped_step(step, axes, weight.ndim, plans)
     energy = [0.0, 0.0]
-
-    def aware_part(plan: SplitPlan, part: NDArray[Any], steps: NDArray[np.float32]) -> NDArray[np.int8]:
-        limit = along(plan.widening * grid.levels, axes.input, part.ndim)
-        return deal(_round(part, steps, limit, energy), plan, axes.input).astype(np.int8)
 
     def naive_part(plan: SplitPlan, part: NDArray[Any], steps: NDArray[np.float32]) -> NDArray[np.int8]:
         shares = expand(part.astype(np.float64), plan, axes.input)
@@ -212,8 +274,105 @@ def split_integers(
         energy[1] += float(np.sum(np.square(whole - part)))
         return rounded.astype(np.int8)
 
-    integers = by_group(aware_part if aware else naive_part, plans, axes, weight, wide)
+    def aware_part(plan: SplitPlan, part: NDArray[Any], steps: NDArray[np.float32]) -> NDArray[np.int8]:
+        limit = along(plan.widening * grid.levels, axes.input, part.ndim)
+        return deal(_round(part, steps, limit, energy), plan, axes.input).astype(np.int8)
+
+    if not aware:
+        integers = by_group(naive_part, plans, axes, weight, wide)
+    elif task.rounding == "nearest":
+        integers = by_group(aware_part, plans, axes, weight, wide)
+    else:
+        whole = _rounded(weight, wide, widened_limits(plans, axes, grid.levels), axes, task)
+        for piece in pieces(whole):
+            values = weight[piece].astype(np.float64)
+            energy[0] += _energy(values)
+            values -= whole[piece] * (wide[piece] if wide.shape[0] > 1 else wide)
+            energy[1] += _energy(values)
+        integers = by_group(lambda plan, part: deal(part, plan, axes.input).astype(np.int8), plans, axes, whole)
     return integers, decibels(*energy)
+
+
+def _rounded(
+    weight: NDArray[Any], wide: NDArray[np.float32], limits: NDArray[np.int64], axes: Axes, task: Task
+) -> NDArray[Any]:
+    """Integers within the limits by a rounding that looks at whole rows."""
+    rows, steps = grouped(weight, axes), grouped(np.broadcast_to(wide, weight.shape), axes)
+    if not task.factors and (limits == limits[0]).all():  # nothing tells the groups apart
+        rows, steps = (part.reshape(1, -1, *part.shape[2:]) for part in (rows, steps))
+    made = np.empty(rows.shape, np.int16 if limits.max() < 2**15 else np.int64)
+    inner = rows.shape[2] * rows.shape[3]
+    chunk = max(1, (WIDE if task.factors else CHUNK) // inner)
+    for group in range(len(rows)):
+        factor = task.factors[group] if task.factors else None
+        for start in range(0, rows.shape[1], chunk):
+            some = slice(start, start + chunk)
+            part = rows[group, some].astype(np.float64)
+            asked = Rows(part, steps[group, some], limits[group][:, None], factor)
+            made[group, some] = ROUNDINGS[task.rounding](asked)
+    return np.ascontiguousarray(ungrouped(made, axes, weight.shape))
+
+
+def least_error_threshold(
+    weight: NDArray[Any],
+    plans: tuple[SplitPlan, ...],
+    axes: Axes,
+    threshold: NDArray[np.float64],
+    bits: int,
+    task: Task,
+) -> NDArray[np.float64]:
+    """The fraction of ``threshold``, for all or for each output, with the least squared error of the output.
+
+    The error is ``e' H e`` with the second moments H of the data, of the very integers that ``task`` makes.
+    """
+    grid = Grid(bits)
+    limits = widened_limits(plans, axes, grid.levels)
+    best, least = threshold, np.full(threshold.shape, np.inf)
+    for fraction in FRACTIONS:
+        wide = shaped_step(grid.step(threshold * fraction), axes, weight.ndim, plans)
+        error = _rounded(weight, wide, limits, axes, task) * wide.astype(np.float64) - weight
+        cost = _cost(error, axes, task.factors) if threshold.ndim else _costs(error, axes, task.factors).sum()
+        best = np.where(cost < least, threshold * fraction, best)
+        least = np.minimum(least, cost)
+    return best
+
+
+def _cost(error: NDArray[np.float64], axes: Axes, factors: tuple[Factor, ...]) -> NDArray[np.float64]:
+    """(outputs,), the squared error of each output channel."""
+    assert axes.output is not None
+    costs = _costs(error, axes, factors)
+    outputs = error.shape[axes.output]
+    if axes.groups_on_input:
+        return costs.reshape(axes.groups, outputs, -1).sum(axis=(0, 2))
+    return costs.reshape(outputs, -1).sum(axis=1)
+
+
+def _costs(error: NDArray[np.float64], axes: Axes, factors: tuple[Factor, ...]) -> NDArray[np.float64]:
+    """(groups, rows), ``e' H e`` of each."""
+    rows = grouped(error, axes)
+    return np.stack([factor.cost(part.reshape(len(part), -1)) for factor, part in zip(factors, rows, strict=True)])
+
+
+def mean_shift(
+    weight: NDArray[Any],
+    integers: NDArray[Any],
+    plans: tuple[SplitPlan, ...],
+    axes: Axes,
+    step: NDArray[np.float32],
+    mean: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """(outputs,), what the outputs lose on average by quantization: ``(w - step * q) E x``.
+
+    Nagel et al., arXiv:1906.04721, Section 4.2. The outputs are those of all groups behind each other.
+
+    Args:
+        integers: of the copies.
+        mean: (groups, n), E x of the data of each group.
+    """
+    wide = shaped_step(step, axes, weight.ndim, plans)
+    whole = by_group(lambda plan, part: recombine(part, plan, axes.input), plans, axes, integers)
+    rows = grouped(weight - whole * wide, axes)
+    return np.stack([part.reshape(len(part), -1) @ middle for part, middle in zip(rows, mean, strict=True)]).reshape(-1)
 
 
 def _round(

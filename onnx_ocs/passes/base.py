@@ -8,6 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnx_ocs.graph.contraction import Contraction
 from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.layers import Layer
 from onnx_ocs.graph.observe import Observed
@@ -15,9 +16,11 @@ from onnx_ocs.graph.qdq import DataGrid
 from onnx_ocs.graph.streams import Ids, Stream
 from onnx_ocs.numerics.cost import Cost, Room
 from onnx_ocs.numerics.grid import Grid
-from onnx_ocs.numerics.split import SplitPlan, along
+from onnx_ocs.numerics.moments import Moments
+from onnx_ocs.numerics.rounding import factorized
+from onnx_ocs.numerics.split import SplitPlan, along, joined
 from onnx_ocs.numerics.statistics import Statistics
-from onnx_ocs.numerics.weights import Axes, by_group
+from onnx_ocs.numerics.weights import Axes, Task, by_group
 
 FIRST_LAYER_CHANNELS = 4
 """A layer that reads a graph input with so few channels is a first layer: RGB, RGBA, grey, raw features."""
@@ -82,6 +85,7 @@ class LayerPlan:
 
     layer: Layer
     observed: Observed | None = None  # its data, where calibration can see it
+    contraction: Contraction | None = None  # how its weights meet its data, where second moments can be gathered
     reason: str | None = None  # why the layer is not split, or is left as it is
     declined: bool = False  # left as it is
     splits: tuple[SplitPlan, ...] = ()  # of the weight; one, or one for each group
@@ -94,6 +98,10 @@ class LayerPlan:
     threshold: NDArray[np.float64] | None = None  # () or (outputs,); in blocks as Axes has it
     step: NDArray[np.float32] | None = None  # of the same shape
     narrowed: int = 0  # thresholds that were raised, so that no sum of two products saturates
+    rounding: str = "nearest"
+    rounding_reason: str | None = None  # why it is not the one that was asked for
+    corrected: bool = False  # its bias makes up for the mean of its error
+    shift: NDArray[np.float64] | None = None  # (outputs,), by how much
     sqnr_db: float | None = None  # of the weight that was written
     activation: ActivationPlan | None = None
     float_data: str | None = None  # why the data stays float
@@ -110,7 +118,7 @@ class LayerPlan:
     def axes(self) -> Axes:
         layer = self.layer
         groups = layer.groups if self.outputs is None or layer.groups == 1 else len(self.outputs)
-        return Axes(layer.input_axis, layer.output_axis, groups, layer.groups_on_input, self.block)
+        return Axes(layer.input_axis, layer.output_axis, groups, layer.groups_on_input, self.block, layer.kernel)
 
     @property
     def extra(self) -> int:
@@ -163,6 +171,12 @@ class Widened:
         return None if self.gains is None else self.gains[layer.node.outputs[0].name]
 
 
+class StoredMoments(Protocol):
+    """Moments that are read when they are used."""
+
+    def load(self) -> Moments: ...
+
+
 @dataclass
 class Work:
     """One run: the graph that is edited and what is decided so far."""
@@ -172,6 +186,8 @@ class Work:
     tensors: list[TensorPlan] = field(default_factory=list)
     widened: list[Widened] = field(default_factory=list)
     statistics: Mapping[str, Statistics] = field(default_factory=dict)  # of the data of layers, by Observed.key
+    stored: Mapping[str, StoredMoments] = field(default_factory=dict)  # by Contraction.key
+    _task: tuple[Any, Task] | None = None
 
     def values(self, plan: LayerPlan) -> NDArray[Any]:
         """The weight of a layer as the source has it, once for each copy of a channel of its data and its output."""
@@ -185,6 +201,45 @@ class Work:
             return values
         axis = plan.axes.input
         return by_group(lambda split, part: part.take(split.source, axis), plan.data_splits, plan.axes, values)
+
+    def moments(self, plan: LayerPlan) -> Moments | None:
+        """Of the data that :meth:`values` are multiplied by; None where nothing was gathered."""
+        found = self.stored.get(plan.contraction.key) if plan.contraction is not None else None
+        if found is None or (plan.static_extra != plan.extra and (plan.stream is not None or plan.layer.groups > 1)):
+            return None
+        moments = found.load()
+        if plan.layer.groups > 1 and plan.outputs is not None:  # of a depthwise layer whose channels are made twice
+            second = None if moments.second is None else moments.second[plan.outputs]
+            return Moments(moments.mean[plan.outputs], second)
+        if plan.static_extra != plan.extra:
+            assert plan.contraction is not None
+            split = joined(list(plan.data_splits))
+            return moments.expanded(split.source, split.gain, plan.contraction.inputs // plan.channels)
+        return moments
+
+    def mean(self, plan: LayerPlan) -> NDArray[np.float64] | None:
+        """(groups, n), E of the data that :meth:`values` are multiplied by; None where it is not known."""
+        if (moments := self.moments(plan)) is not None:
+            return moments.mean
+        found = self.statistics.get(plan.observed.key) if plan.observed is not None else None
+        if found is None or plan.contraction is None or plan.data_splits or plan.outputs is not None:
+            return None
+        inner = plan.contraction.inputs * plan.layer.groups // plan.channels
+        return np.repeat(found.mean, inner).reshape(plan.layer.groups, -1)
+
+    def task(self, plan: LayerPlan) -> Task:
+        """How the weight of ``plan`` is rounded; the factors of the last layer asked for are kept."""
+        if plan.rounding != "hessian":
+            return Task(plan.rounding)
+        assert plan.contraction is not None
+        key = (plan.contraction.key, plan.corrected, plan.outputs is None, plan.static_extra - plan.extra)
+        if self._task is None or self._task[0] != key:
+            moments = self.moments(plan)
+            assert moments is not None
+            groups = range(len(moments.mean))
+            factors = tuple(factorized(moments.of_group(group, plan.corrected)) for group in groups)
+            self._task = key, Task("hessian", factors)
+        return self._task[1]
 
     def readers(self) -> Mapping[tuple[Any, ...], int]:
         """How many layers will read each new weight."""

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from onnx_ocs.numerics.grid import Grid
 from onnx_ocs.numerics.saturation import kernel_order, row_sums, widened
-from onnx_ocs.numerics.weights import choose_threshold, split_integers
+from onnx_ocs.numerics.weights import choose_threshold, least_error_threshold, split_integers
 from onnx_ocs.passes.base import LayerPlan, Work
 
 ROUNDS = 8
@@ -28,7 +28,7 @@ class ChooseSteps:
 
     name: ClassVar[str] = "choose-steps"
 
-    clip: str = "none"
+    clip: str = "none"  # auto: the least error of the outputs where their data is known, else none
     safe: bool = False
     aware: bool = True
 
@@ -41,14 +41,21 @@ class ChooseSteps:
         key = (*plan.key, most)
         if key not in chosen:
             assert plan.bits is not None
-            threshold = choose_threshold(
-                work.values(plan), plan.splits, plan.axes, plan.per_channel, self.clip, plan.bits
-            )
+            threshold = self._threshold(work, plan)
             raised = threshold if most is None else self._raised(work, plan, threshold, most)
             narrowed = int(np.count_nonzero(raised > threshold))
             chosen[key] = replace(plan, threshold=raised, step=Grid(plan.bits).step(raised), narrowed=narrowed)
         same = chosen[key]
         return replace(plan, threshold=same.threshold, step=same.step, narrowed=same.narrowed)
+
+    def _threshold(self, work: Work, plan: LayerPlan) -> NDArray[np.float64]:
+        assert plan.bits is not None
+        clip = "none" if self.clip == "auto" else self.clip
+        weight = work.values(plan)
+        threshold = choose_threshold(weight, plan.splits, plan.axes, plan.per_channel, clip, plan.bits)
+        if self.clip != "auto" or plan.rounding != "hessian" or plan.block is not None:
+            return threshold
+        return least_error_threshold(weight, plan.splits, plan.axes, threshold, plan.bits, work.task(plan))
 
     def _most(self, plan: LayerPlan) -> int | None:
         """The largest integer of the layer's data, if its kernel adds products in pairs; it shifts signed ones."""
@@ -64,7 +71,8 @@ class ChooseSteps:
         assert plan.axes.output is not None
         weight, grid, least = work.values(plan), Grid(plan.bits), threshold
         for _ in range(ROUNDS):
-            integers, _ = split_integers(weight, plan.splits, plan.axes, grid.step(threshold), plan.bits, self.aware)
+            step = grid.step(threshold)
+            integers, _ = split_integers(weight, plan.splits, plan.axes, step, plan.bits, self.aware, work.task(plan))
             sums = row_sums(kernel_order(integers, plan.axes.input, plan.axes.output), 0, most)
             if not sums.saturates.any():
                 return threshold

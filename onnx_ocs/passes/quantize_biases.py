@@ -5,10 +5,10 @@ from typing import ClassVar
 
 import numpy as np
 import onnx
-import onnx_graphsurgeon as gs
 
+from onnx_ocs.graph.biases import bias_of
 from onnx_ocs.graph.editor import Editor
-from onnx_ocs.graph.layers import Layer, Place, Weight
+from onnx_ocs.graph.layers import Layer
 from onnx_ocs.graph.qdq import dequantize
 from onnx_ocs.passes.base import LayerPlan, Work
 
@@ -37,9 +37,10 @@ class QuantizeBiases:
         layer, edit, data = plan.layer, work.editor, plan.activation
         if data is None or data.step is None or plan.step is None or layer.weight.data_type != onnx.TensorProto.FLOAT:
             return
-        if (found := self._bias(edit, layer)) is None:
+        found = bias_of(edit, layer)
+        if found is None or found.held is None or (layer.node.op == "MatMul" and self._rank(edit, layer) != 2):
             return
-        node, index, bias = found
+        node, index, bias = found.node, found.index, found.held
         assert layer.output_axis is not None
         outputs = layer.weight.shape[layer.output_axis] if plan.outputs is None else len(plan.outputs)
         values = bias.read(edit.model).astype(np.float64)
@@ -54,19 +55,5 @@ class QuantizeBiases:
         tensor = edit.model.tensor(bias.tensor.name, onnx.TensorProto.INT32, made.shape, made.tobytes())
         edit.rewire(node, index, dequantize(edit, layer.scope, tensor, step, 0, layer.weight.data_type, node))
 
-    def _bias(self, edit: Editor, layer: Layer) -> tuple[gs.Node, int, Weight] | None:
-        """The node that adds the bias of ``layer``, by which of its inputs, and the bias."""
-        node = layer.node
-        if node.op != "MatMul":
-            found = Place(node, layer.scope, edit).weight(2) if len(node.inputs) > 2 and node.inputs[2].name else None
-            plain = all(node.attrs.get(factor, 1.0) == 1.0 for factor in ("alpha", "beta"))
-            return (node, 2, found) if isinstance(found, Weight) and plain else None
-        output = node.outputs[0]
-        if len(output.outputs) != 1 or edit.is_result(output) or edit.ranks.get(output.name) != 2:
-            return None
-        added = output.outputs[0]
-        if added.op != "Add" or layer.weight_input != 1 or all(added is not other for other in layer.scope.graph.nodes):
-            return None
-        index = 1 if added.inputs[0] is output else 0
-        found = Place(added, layer.scope, edit).weight(index)
-        return (added, index, found) if isinstance(found, Weight) else None
+    def _rank(self, edit: Editor, layer: Layer) -> int | None:
+        return edit.ranks.get(layer.node.outputs[0].name)

@@ -77,7 +77,7 @@ def on_the_grid(model, report, bits):
 def test_the_quantized_model_equals_a_float_model_on_the_grid(name, per_channel, ratio, bits):
     model = row_model(name)
     options = {"ratio": ratio, "per_channel": per_channel, "first": "same", "verify": False, "container": "int8"}
-    result = quantize(model, bits=bits, **options)
+    result = quantize(model, round="nearest", bits=bits, **options)
     wanted, found = run(on_the_grid(model, result.report, bits), feed(model)), run(result.model, feed(model))
     tolerance = 5e-3 if "float16" in ROWS[name] else 1e-5
     for before, after in zip(wanted, found, strict=True):
@@ -96,7 +96,7 @@ def test_layers_in_functions_are_split_and_quantized():
 @pytest.mark.parametrize("ratio", [0, 0.2, 1])
 def test_copies_sum_to_the_nearest_point_with_the_emitted_step(name, bits, ratio):
     model = row_model(name)
-    result = quantize(model, bits=bits, ratio=ratio, per_channel=False, first="same", verify=False)
+    result = quantize(model, round="nearest", bits=bits, ratio=ratio, per_channel=False, first="same", verify=False)
     (row,) = (row for row in result.report["layers"])
     held = constants(result.model)
     integers = next(v for k, v in held.items() if k.endswith("integers")).astype(np.int64)
@@ -180,10 +180,10 @@ def test_the_opset_is_raised_only_where_the_integers_need_it(opset, bits):
     text = "g (float[2,8,5,5] x, float[6,8,3,3] w) => (float[2,6,A,B] y) { y = Conv(x, w) }"
     model = with_weights(onnx.parser.parse_model(f'<ir_version: 4, opset_import: ["" : {opset}]> {text}'))
     needed = {2: 25, 3: 21, 4: 21, 8: 13}[bits]
-    after = quantize(model, bits=bits, first="same").model
+    after = quantize(model, bits=bits, first="same", round="nearest").model
     assert after.opset_import[0].version == max(opset, needed)
-    kept = quantize(model, bits=bits, first="same", container="int8").model
+    kept = quantize(model, bits=bits, first="same", round="nearest", container="int8").model
     assert kept.opset_import[0].version == max(opset, 13)
-    alone = quantize(model, bits=bits, first="same", container="int8", per_channel=False).model
+    alone = quantize(model, bits=bits, first="same", round="nearest", container="int8", per_channel=False).model
     assert alone.opset_import[0].version == max(opset, 10)
     assert onnx.TensorProto.INT8 in {tensor.data_type for tensor in alone.graph.initializer}

@@ -1,0 +1,122 @@
+"""First and second moments of the data that the weights of a layer are multiplied by, folded in batch by batch."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROWS = 2**22
+"""Values of patches that are made at a time (16 MB)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Of the n inputs of each group of a layer: E x and E x x'."""
+
+    mean: NDArray[np.float64]  # (groups, n)
+    second: NDArray[np.float64] | None  # (groups, n, n)
+
+    def of_group(self, group: int, centered: bool) -> NDArray[np.float64]:
+        """(n, n), E x x' of one group; ``centered``: what is left of it once the bias makes up for the mean."""
+        assert self.second is not None
+        second = np.array(self.second[group])
+        return second - np.outer(self.mean[group], self.mean[group]) if centered else second
+
+    def expanded(self, source: NDArray[np.int64], gain: NDArray[np.float64], kernel: int) -> "Moments":
+        """Of data whose channels are copies of those of this, times ``gain``; one group.
+
+        Args:
+            kernel: inputs of each channel, which stand together.
+        """
+        place = (source[:, None] * kernel + np.arange(kernel)).reshape(-1)
+        share = np.repeat(gain, kernel)
+        mean = self.mean[:, place] * share
+        if self.second is None:
+            return Moments(mean, None)
+        return Moments(mean, self.second[:, place][:, :, place] * np.outer(share, share))
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a convolution moves over its data; the fields are one for each spatial axis."""
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[int, ...]  # at the begins, then at the ends
+    auto_pad: str = "NOTSET"
+
+    def padding(self, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+        """How many zeros stand before and behind data of these sizes."""
+        rank = len(self.kernel)
+        if self.auto_pad == "NOTSET":
+            return list(zip(self.pads[:rank], self.pads[rank:], strict=True))
+        if self.auto_pad == "VALID":
+            return [(0, 0)] * rank
+        made = []
+        for size, kernel, stride, dilation in zip(sizes, self.kernel, self.strides, self.dilations, strict=True):
+            total = max((math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+            less, more = total // 2, total - total // 2
+            made.append((less, more) if self.auto_pad == "SAME_UPPER" else (more, less))
+        return made
+
+
+def patches(values: NDArray[Any], window: Window) -> NDArray[Any]:
+    """(N, C, *sizes) becomes a view (N, *positions, C, *kernel): what the weights of each output are multiplied by."""
+    pads = window.padding(values.shape[2:])
+    if any(map(any, pads)):
+        values = np.pad(values, [(0, 0), (0, 0), *pads])
+    rank = len(window.kernel)
+    spans = [(kernel - 1) * dilation + 1 for kernel, dilation in zip(window.kernel, window.dilations, strict=True)]
+    every = np.lib.stride_tricks.sliding_window_view(values, spans, axis=tuple(range(2, 2 + rank)))
+    places = [slice(None, None, stride) for stride in window.strides]
+    within = [slice(None, None, dilation) for dilation in window.dilations]
+    taken = every[(slice(None), slice(None), *places, *within)]
+    return np.moveaxis(taken, 1, 1 + rank)
+
+
+def rows_of(values: NDArray[Any], axis: int, groups: int, window: Window | None) -> NDArray[Any]:
+    """(rows, groups, n): what the weights of each group of outputs are multiplied by.
+
+    Args:
+        values: the data of a layer, with its channels on ``axis``.
+        window: of a convolution; without one each position of the data is a row by itself.
+    """
+    if window is None:
+        last = np.moveaxis(values, axis, -1)
+        return last.reshape(-1, groups, last.shape[-1] // groups)
+    made = patches(values, window)
+    channels, inner = values.shape[1], math.prod(window.kernel)
+    return made.reshape(math.prod(made.shape[: 1 + len(window.kernel)]), groups, channels // groups * inner)
+
+
+class MomentRecorder:
+    """Sums of x and of x x' over all rows; products in float32, sums in float64."""
+
+    def __init__(self, groups: int, inputs: int, second: bool = True) -> None:
+        self._sum = np.zeros((groups, inputs))
+        self._products = np.zeros((groups, inputs, inputs)) if second else None
+        self._rows = 0
+
+    def add(self, rows: NDArray[Any]) -> None:
+        """(rows, groups, n): fold some rows in; they may be a view, of which parts are copied one after the other."""
+        step = max(1, ROWS // max(1, math.prod(rows.shape[1:])))
+        for start in range(0, len(rows), step):
+            part = np.ascontiguousarray(rows[start : start + step], np.float32)
+            self._sum += part.sum(axis=0, dtype=np.float64)
+            if self._products is not None:
+                by_group = part.transpose(1, 2, 0)
+                self._products += by_group @ by_group.transpose(0, 2, 1)
+            self._rows += len(part)
+
+    def finish(self) -> Moments:
+        """The moments of all rows so far.
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        if not self._rows:
+            raise ValueError("no values were seen")
+        return Moments(self._sum / self._rows, None if self._products is None else self._products / self._rows)

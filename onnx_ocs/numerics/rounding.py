@@ -1,0 +1,204 @@
+"""Roundings: which integer each weight becomes, once its step and the range of its channel are known.
+
+Splitting a channel widens its range and changes nothing else, so a rounding knows only limits. Each is one registered
+function from some outputs of a layer to their integers. They differ in the error they keep small, ``e = step * q - w``:
+
+=============  =========================================================================================================
+``nearest``    ``sum e^2`` (Zhao et al., arXiv:1901.09504, Section 3.3)
+``compensated``  ``sum e^2`` after the sums of ``e`` over each kernel and each output: no data (as SQuant, Guo et al.,
+               ICLR 2022, arXiv:2202.07471)
+``hessian``    ``e' H e`` with the second moments ``H`` of the data that the weights are multiplied by: the squared
+               error of the output (OBQ, arXiv:2208.11580; GPTQ, arXiv:2210.17323)
+=============  =========================================================================================================
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_ocs.numerics.grid import nearest
+
+DAMPING = 0.01
+"""Of the mean of the second moments, that is added to each of their squares: samples are few, and data is noisy."""
+
+COLUMNS = 128
+"""Columns between two updates of all later ones by one product."""
+
+SWEEPS = 2
+"""Times that ``hessian`` looks at each weight again."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Some outputs of one group of a layer: what each is a sum of."""
+
+    values: NDArray[np.float64]  # (O, I, K): outputs, input channels, positions of the kernel
+    step: NDArray[Any]  # broadcasts to them
+    limit: NDArray[np.int64]  # (I, 1), of the integers of each input channel
+    factor: "Factor | None" = None  # of the second moments of the data
+
+
+Integers = NDArray[np.float64]  # (O, I, K), whole numbers within the limits
+Rounding = Callable[[Rows], Integers]
+
+ROUNDINGS: dict[str, Rounding] = {}
+
+
+def rounding(name: str) -> Callable[[Rounding], Rounding]:
+    """Register a rounding under the name that users choose."""
+
+    def register(function: Rounding) -> Rounding:
+        ROUNDINGS[name] = function
+        return function
+
+    return register
+
+
+@rounding("nearest")
+def to_nearest(rows: Rows) -> Integers:
+    """``floor(w / step + 1/2)``, within the limits."""
+    made = nearest(rows.values, rows.step)
+    return np.clip(made, -rows.limit, rows.limit, out=made)
+
+
+@rounding("compensated")
+def compensated(rows: Rows) -> Integers:
+    """The error sums of each kernel and of each output vanish, to within half a step.
+
+    Data behind a Relu has a mean far from zero, and neighbouring positions of it are nearly equal: errors of one kernel
+    act together, and so do those of one output. From the nearest integers the fewest weights go to their other
+    neighbour, those first that are nearly in the middle: in each kernel until its error sum is at most half a step,
+    then one at most in each kernel, those with the largest sums first, until that of the output is.
+    """
+    made = to_nearest(rows)
+    error = made - rows.values / rows.step
+    sums = error.sum(axis=2)
+    _compensate_kernels(made, error, sums, rows.limit)
+    _compensate_outputs(rows, made, error, sums)
+    return made
+
+
+def _compensate_kernels(
+    made: Integers, error: NDArray[np.float64], sums: NDArray[np.float64], limit: NDArray[np.int64]
+) -> None:
+    left = np.maximum(np.ceil(np.abs(sums) - 0.5), 0).astype(np.int64)  # steps that a sum has too many
+    while (at := np.nonzero(left))[0].size:
+        sign = np.sign(sums[at])
+        most, place = _movable(made[at], error[at], sign, limit[at[1]])
+        moved = most > 0
+        at, place, sign = (at[0][moved], at[1][moved]), place[moved], sign[moved]
+        made[(*at, place)] -= sign
+        error[(*at, place)] -= sign
+        sums[at] -= sign
+        before, left = left, np.zeros_like(left)
+        left[at] = before[at] - 1
+
+
+def _movable(
+    made: Integers, error: NDArray[np.float64], sign: NDArray[np.float64], limit: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """(kernels,), how far the weight is from its integer that goes one step against ``sign`` best, and which it is.
+
+    Nothing above zero where none may: it would leave the range, or the two neighbours of its weight.
+    """
+    away = error * sign[:, None]
+    away[(made * sign[:, None] <= -limit) | (away >= 1)] = -1
+    place = away.argmax(axis=1)
+    return away[np.arange(len(away)), place], place
+
+
+def _compensate_outputs(rows: Rows, made: Integers, error: NDArray[np.float64], sums: NDArray[np.float64]) -> None:
+    step = np.broadcast_to(rows.step, rows.values.shape)[:, :, 0].astype(np.float64)
+    total = (sums * step).sum(axis=1)
+    sign = np.sign(total)
+    order = np.argsort(-sums * sign[:, None], axis=1, kind="stable")
+    moves = np.take_along_axis(step, order, axis=1)
+    row, rank = np.nonzero(np.cumsum(moves, axis=1) - moves / 2 < np.abs(total)[:, None])
+    kernel = order[row, rank]
+    most, place = _movable(made[row, kernel], error[row, kernel], sign[row], rows.limit[kernel])
+    moved = most > 0
+    made[row[moved], kernel[moved], place[moved]] -= sign[row[moved]]
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """``e' H e = |R' e|^2`` with the inputs in the order in which they are rounded."""
+
+    order: NDArray[np.int64]  # (n,)
+    moments: NDArray[np.float64]  # (n, n), H, damped
+    upper: NDArray[np.float64]  # (n, n), R, triangular
+
+    def cost(self, error: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(O,), ``e' H e`` of each row of ``error``, (O, n) in the order of the source."""
+        return np.square(error[:, self.order] @ self.upper).sum(axis=1)
+
+
+def factorized(moments: NDArray[np.float64], damping: float = DAMPING) -> Factor:
+    """The triangular factor of H, damped by a share of its mean; the largest second moments come first.
+
+    Inputs that are always zero are rounded as if they had no correlation with others.
+
+    Args:
+        moments: (n, n), H; of rank below n where there are few samples.
+    """
+    diagonal = moments.diagonal()
+    order = np.argsort(-diagonal, kind="stable")
+    damped = moments[np.ix_(order, order)]
+    mean = diagonal.mean()
+    damped[np.diag_indices_from(damped)] += damping * mean if mean > 0 else 1.0
+    lower = np.linalg.cholesky(damped[::-1, ::-1])
+    return Factor(order, damped, np.asarray(lower[::-1, ::-1], np.float64))
+
+
+@rounding("hessian")
+def error_propagating(rows: Rows) -> Integers:
+    """One input after the other is rounded, and what is wrong with it is made up for by those that follow.
+
+    With the factor R, ``e' H e`` is the sum of the squares of ``(R' e)[j] = R[j, j] e[j] + sum_{i < j} R[i, j] e[i]``,
+    and the j-th of these is made as small as the grid allows by the choice of ``q[j]`` (Babai's nearest plane, which
+    GPTQ is: arXiv:2210.17323, Algorithm 1). Then each weight is looked at again, in the same order, and goes where the
+    error is least with all others as they are.
+    """
+    assert rows.factor is not None
+    order, upper = rows.factor.order, rows.factor.upper
+    outputs, _, kernel = rows.values.shape
+    values = rows.values.reshape(outputs, -1)[:, order]
+    step = np.broadcast_to(rows.step, rows.values.shape).reshape(outputs, -1)[:, order]
+    limit = np.repeat(rows.limit.reshape(-1), kernel)[order]
+    made, error = np.empty_like(values), np.empty_like(values)
+    for start in range(0, values.shape[1], COLUMNS):
+        end = min(start + COLUMNS, values.shape[1])
+        owed = error[:, :start] @ upper[:start, start:end]
+        for j in range(start, end):
+            wrong = owed[:, j - start] + error[:, start:j] @ upper[start:j, j]
+            wanted = (values[:, j] - wrong / upper[j, j]) / step[:, j]
+            made[:, j] = np.clip(np.floor(wanted + 0.5), -limit[j], limit[j])
+            error[:, j] = made[:, j] * step[:, j] - values[:, j]
+    for _ in range(SWEEPS):
+        _descend(made, error, step, limit, rows.factor.moments)
+    integers = np.empty_like(made)
+    integers[:, order] = made
+    return integers.reshape(rows.values.shape)
+
+
+def _descend(
+    made: NDArray[np.float64],
+    error: NDArray[np.float64],
+    step: NDArray[Any],
+    limit: NDArray[np.int64],
+    moments: NDArray[np.float64],
+) -> None:
+    """One sweep of coordinate descent on ``e' H e``, in place: (O, n) all."""
+    slope = error @ moments
+    for j, curvature in enumerate(moments.diagonal()):
+        wanted = made[:, j] - np.floor(slope[:, j] / (curvature * step[:, j]) + 0.5)
+        moved = np.clip(wanted, -limit[j], limit[j]) - made[:, j]
+        rows = np.flatnonzero(moved)
+        if rows.size:
+            change = moved[rows] * step[rows, j]
+            made[rows, j] += moved[rows]
+            error[rows, j] += change
+            slope[rows] += change[:, None] * moments[j]
