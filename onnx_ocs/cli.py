@@ -21,7 +21,7 @@ from onnx_ocs._version import __version__
 from onnx_ocs.child import TIMEOUT
 from onnx_ocs.errors import OcsError, RuntimeFailed, VerificationFailed
 from onnx_ocs.numerics.clip import clip_names
-from onnx_ocs.recipe import BITS, CHOICES, PRESETS, Recipe
+from onnx_ocs.recipe import BITS, CHOICES, OVERRIDES, PRESETS, Recipe
 from onnx_ocs.targets import TARGETS
 
 DONE, FAILED, USAGE, UNUSABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
@@ -167,6 +167,29 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=CHOICES["split"], help=f"how a channel is split ({defaults.split})")
     parser.add_argument(
         "--split-policy", choices=CHOICES["split_policy"], help=f"repeated splits ({defaults.split_policy})"
+    )
+    parser.add_argument(
+        "--plan",
+        choices=CHOICES["plan"],
+        help="magnitude: the channels with the largest weights are split, and thresholds follow; joint: copies and "
+        f"thresholds together, by what each saves of the objective ({defaults.plan})",
+    )
+    parser.add_argument(
+        "--objective",
+        choices=CHOICES["objective"],
+        help=f"of --plan joint: the squared error of the outputs, or of the weights ({defaults.objective})",
+    )
+    parser.add_argument(
+        "--allocate",
+        choices=CHOICES["allocate"],
+        help="uniform: the same ratio for each layer; knapsack, sensitivity: as many bytes where they lower the range, "
+        f"or the error of the outputs, most ({defaults.allocate})",
+    )
+    parser.add_argument(
+        "--layer",
+        action="append",
+        metavar="REGEX:NAME=VALUE,...",
+        help=f"options of the nodes of these names: {', '.join(OVERRIDES)}; repeatable, later ones hold",
     )
     parser.add_argument("--preset", choices=tuple(PRESETS), default=None, help="paper: as Zhao et al. ran it")
     parser.add_argument("--only", action="append", metavar="REGEX", help="only the nodes of these names; repeatable")

@@ -9,7 +9,8 @@ from onnx_ocs.graph.layers import Declined, Layer, find_layers
 from onnx_ocs.graph.model import Model
 from onnx_ocs.graph.observe import OPSET
 from onnx_ocs.graph.opset import CannotRaise, raise_opset
-from onnx_ocs.passes.base import LayerPlan, Pass, Work, observed
+from onnx_ocs.graph.predicted import predicted
+from onnx_ocs.passes.base import LayerPlan, Pass, Work, is_visible, observed
 from onnx_ocs.passes.choose_activation_steps import ChooseActivationSteps
 from onnx_ocs.passes.choose_grid import ChooseGrid
 from onnx_ocs.passes.choose_rounding import ChooseRounding
@@ -28,7 +29,7 @@ from onnx_ocs.run import Run
 def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
     """All decisions, as data; before them the opset is raised where it must be, and normalizations are folded."""
     recipe = run.recipe
-    select = SelectLayers(recipe.only, recipe.skip, recipe.quantize_ops, recipe.first)
+    select = SelectLayers(recipe.only, recipe.skip, recipe.quantize_ops, recipe.first, recipe.overrides)
     stored = recipe.bits is not None and not recipe.float
     blocks = _blocks(run)
     grid = ChooseGrid(
@@ -43,8 +44,10 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
     work, declined = _found(run, model, select, blocks)
     if _raise_opset(run, model, work, grid, blocks):
         work, declined = _found(run, model, select, blocks)
+    foreseen = predicted(work.editor)
     if recipe.fold_bn and _fold(run, model, work):
         work, declined = _found(run, model, select, blocks)
+    work.predicted = foreseen
     work.statistics = _statistics(run, model, work) if run.observes else {}
     work.stored = _moments(run, model, work) if run.gathers else {}
     if missing := sum(tensor.observed.key not in work.statistics for tensor in work.tensors):
@@ -68,7 +71,7 @@ def _steps(recipe: Recipe, grid: ChooseGrid, placed: bool) -> list[Pass]:
     dynamic = recipe.act_split == "dynamic"
     acts = recipe.act_bits if not recipe.float or recipe.act_ratio else None
     weights = recipe.bits is not None or recipe.float
-    ratio = max(recipe.ratio, recipe.act_ratio)
+    ratio = max(recipe.ratio, recipe.act_ratio, *(float(given.get("ratio", 0)) for _, given in recipe.overrides))
     limits = recipe.multiples, recipe.max_expand
     thresholds = recipe.clip, recipe.safe, recipe.split == "qa"
     return [
@@ -77,6 +80,7 @@ def _steps(recipe: Recipe, grid: ChooseGrid, placed: bool) -> list[Pass]:
         *([PlanStreams(ratio, recipe.folds, recipe.split == "qa", *limits, *_gathers(recipe))] if weights else []),
         *([PlaceTensors(recipe.rules, recipe.act_bits)] if placed else []),
         ChooseActivationSteps(recipe.act_clip, recipe.rules.unsigned),
+        *([ChooseRounding(recipe.round, recipe.bias_correction)] if weights else []),
         PlanSplits(
             recipe.ratio,
             recipe.split_policy,
@@ -84,8 +88,9 @@ def _steps(recipe: Recipe, grid: ChooseGrid, placed: bool) -> list[Pass]:
             *limits,
             shared=recipe.target != "generic" or recipe.folds != "never",
             whole_blocks=recipe.rules.whole_blocks,
+            objective=recipe.objective if recipe.plan == "joint" else None,
+            allocation=recipe.allocate,
         ),
-        *([ChooseRounding(recipe.round, recipe.bias_correction)] if weights else []),
         *([ChooseSteps(*thresholds)] if weights else []),
     ]
 
@@ -144,7 +149,7 @@ def _statistics(run: Run, model: Model, work: Work) -> calibrate.Seen:
 def _moments(run: Run, model: Model, work: Work) -> dict[str, moments.Stored]:
     """Moments of the data of the selected layers."""
     recipe, samples = run.recipe, run.calibration.samples
-    layers = [plan.contraction for plan in work.plans if plan.contraction is not None and not plan.declined]
+    layers = [plan.contraction for plan in work.plans if plan.contraction and plan.observed and not plan.declined]
     if not isinstance(samples, Path) or not layers:
         return {}
     if run.moments is None:
@@ -189,8 +194,9 @@ def _found(run: Run, model: Model, select: SelectLayers, blocks: PlanBlocks) -> 
 
 def _plan(editor: Editor, layer: Layer, seen: bool) -> LayerPlan:
     """A plan with nothing decided; ``seen``: samples will run."""
-    found = observed(editor, layer) if seen else None
-    return LayerPlan(layer, found, contraction(layer) if found is not None else None)
+    if not is_visible(editor, layer):
+        return LayerPlan(layer)
+    return LayerPlan(layer, observed(editor, layer) if seen else None, contraction(layer))
 
 
 def _raise_opset(run: Run, model: Model, work: Work, grid: ChooseGrid, blocks: PlanBlocks) -> bool:

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from onnx_ocs.calibrate import BATCH, STRIDE
 from onnx_ocs.errors import BadRecipe
 from onnx_ocs.graph.layers import READERS
 from onnx_ocs.numerics.clip import parse_clip
+from onnx_ocs.numerics.planning import OBJECTIVES
 from onnx_ocs.numerics.rounding import ROUNDINGS
 from onnx_ocs.numerics.split import POLICIES
+from onnx_ocs.passes.plan_splits import ALLOCATIONS
 from onnx_ocs.targets import TARGETS
 from onnx_ocs.targets.base import Target
 
@@ -22,6 +24,9 @@ Number = float
 CHOICES: dict[str, tuple[str, ...]] = {
     "split": ("qa", "naive"),
     "split_policy": tuple(POLICIES),
+    "plan": ("magnitude", "joint"),
+    "objective": OBJECTIVES,
+    "allocate": ALLOCATIONS,
     "round": tuple(ROUNDINGS),
     "first": ("float", "int8", "same"),
     "act_split": ("static", "dynamic"),
@@ -38,6 +43,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "split": "qa",
         "split_policy": "halving",
         "clip": "none",
+        "plan": "magnitude",
+        "allocate": "uniform",
         "round": "nearest",
         "bias_correction": False,
         "first": "float",
@@ -69,6 +76,10 @@ class Recipe:
     block: int | None = None
     split: str = "qa"
     split_policy: str = "even"
+    plan: str = "magnitude"
+    objective: str = "output"
+    allocate: str = "uniform"
+    layer: tuple[str, ...] = ()
     float: bool = False
     act_bits: int | None = None
     act_clip: str = "mse"
@@ -102,7 +113,7 @@ class Recipe:
         self._check_together()
 
     def _check_texts(self) -> None:
-        for name in ("quantize_ops", "only", "skip"):
+        for name in ("quantize_ops", "only", "skip", "layer"):
             value = getattr(self, name)
             if not isinstance(value, str | list | tuple) or not all(isinstance(text, str) for text in value):
                 raise ValueError(f"{name} must be a text or a list of texts, not {value!r}")
@@ -114,7 +125,7 @@ class Recipe:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{_option(name)} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        for pattern in (*self.only, *self.skip):
+        for pattern in (*self.only, *self.skip, *(pattern for pattern, _ in self.overrides)):
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -171,6 +182,15 @@ class Recipe:
             raise ValueError(f"target {self.target} refuses unsigned data; leave act-unsigned out")
 
     @property
+    def overrides(self) -> list[tuple[str, dict[str, Any]]]:
+        """``layer`` as patterns and the options of the layers whose names match.
+
+        Raises:
+            ValueError: a text is none such.
+        """
+        return [_override(text) for text in self.layer]
+
+    @property
     def calibrates(self) -> bool:
         """Whether samples are needed to choose the scales of activations."""
         return self.act_bits is not None and self.act_split == "static" and (not self.float or self.act_ratio > 0)
@@ -178,7 +198,8 @@ class Recipe:
     @property
     def needs_moments(self) -> bool:
         """Whether samples are needed to round the weights."""
-        return self.round == "hessian" and self.bits is not None and not self.float
+        asked = {self.round, *(given.get("round") for _, given in self.overrides)}
+        return "hessian" in asked and self.bits is not None and not self.float
 
     @property
     def corrects(self) -> bool:
@@ -222,6 +243,49 @@ class Recipe:
     def plain(self) -> dict[str, Any]:
         """As JSON has it."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def _override(text: str) -> tuple[str, dict[str, Any]]:
+    """``REGEX:bits=8,ratio=0`` as the pattern and the options of the layers that it matches."""
+    pattern, colon, rest = text.rpartition(":")
+    given: dict[str, Any] = {}
+    for part in rest.split(","):
+        name, equals, value = part.strip().partition("=")
+        if not colon or not equals or name not in OVERRIDES:
+            raise ValueError(f"layer must be REGEX:NAME=VALUE,... with {', '.join(OVERRIDES)}, not {text!r}")
+        try:
+            given[name] = OVERRIDES[name](value)
+        except ValueError:
+            raise ValueError(f"{value!r} is no {name} for a layer, in {text!r}") from None
+    return pattern, given
+
+
+def _one_of(value: Any, allowed: Sequence[Any]) -> Any:
+    if value not in allowed:
+        raise ValueError(value)
+    return value
+
+
+def _share(text: str) -> Number:
+    value = Number(text)
+    if not 0 <= value <= 1:
+        raise ValueError(text)
+    return value
+
+
+def _clip_method(text: str) -> str:
+    if text != "auto":
+        parse_clip(text)
+    return text
+
+
+OVERRIDES: dict[str, Callable[[str], Any]] = {
+    "bits": lambda text: None if text == "none" else _one_of(int(text), BITS),
+    "ratio": _share,
+    "clip": _clip_method,
+    "round": lambda text: _one_of(text, CHOICES["round"]),
+}
+"""Options that a layer can have of its own, and how their values are read."""
 
 
 def _option(name: str) -> str:

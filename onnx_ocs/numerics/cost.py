@@ -4,8 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from onnx_ocs.numerics.split import extra_channels
-
 MACS_PER_BYTE = 8.0
 """Products of an integer kernel in the time in which one byte is moved (read and written once)."""
 
@@ -47,19 +45,19 @@ class Room:
     reason: str | None = None
 
 
-def room(ratio: float, channels: int, copied: int, multiples: Sequence[int], most: float) -> Room:
-    """``ceil(ratio * C)`` channels more, and what is missing to the next multiple.
+def room(exact: int, channels: int, copied: int, multiples: Sequence[int], most: float) -> Room:
+    """``exact`` channels more, and what is missing to the next multiple.
 
     Where that would add more than the share ``most`` of the channels, the next smaller multiple is tried. Where none is
     small enough the layer gets exactly what was asked if it is estimated to cost less than that share on top, in
     products, with the slower kernel that it then runs on; else it gets nothing.
 
     Args:
+        exact: copies that are asked for.
         channels: C, of the source.
         copied: channels that splitting the data adds already.
         multiples: wanted of the number of channels, the best first.
     """
-    exact = extra_channels(ratio, channels)
     if not exact or not multiples or tuple(multiples) == (1,):
         return Room(exact)
     held = channels + copied

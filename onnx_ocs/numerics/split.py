@@ -182,8 +182,30 @@ def extra_channels(ratio: float, channels: int) -> int:
     return math.ceil(Fraction(str(ratio)) * channels)
 
 
-def copies_per_tensor(peaks: NDArray[np.floating], extra: int, policy: str = "even") -> NDArray[np.int64]:
-    """How often each channel is to stand so that the largest share of all is least: one at a time, always the largest.
+@dataclass(frozen=True, eq=False)
+class Picks:
+    """Which channel gets a copy more, one after the other, and what is left of the objective after each.
+
+    The choice is greedy: fewer copies are the first ones of it.
+    """
+
+    of: int  # C, channels to choose from
+    order: NDArray[np.int64]  # (extra,)
+    left: NDArray[np.float64]  # (extra + 1,), from that without any copy on
+
+    def copies(self, extra: int | None = None) -> NDArray[np.int64]:
+        """(C,), how often each channel stands with the first ``extra`` copies, or with all."""
+        return 1 + np.bincount(self.order[:extra], minlength=self.of)
+
+
+def _picked(of: int, order: list[int], left: list[float]) -> Picks:
+    return Picks(of, np.array(order, np.int64), np.array(left))
+
+
+def picks_per_tensor(peaks: NDArray[np.floating], extra: int, policy: str = "even") -> Picks:
+    """The copies that make the largest share of all least: always one of the channel with the largest.
+
+    What is left is the square of the largest share.
 
     Args:
         peaks: (C,), the largest magnitude of each channel.
@@ -192,18 +214,23 @@ def copies_per_tensor(peaks: NDArray[np.floating], extra: int, policy: str = "ev
     copies = np.ones(len(peaks), np.int64)
     heap = [(-float(peak), channel) for channel, peak in enumerate(peaks)]
     heapq.heapify(heap)
+    order: list[int] = []
+    left = [heap[0][0] ** 2]
     for _ in range(extra):
         channel = heap[0][1]
         copies[channel] += 1
         heapq.heapreplace(heap, (-float(peaks[channel]) / divisor(int(copies[channel]), policy), channel))
-    return copies
+        order.append(channel)
+        left.append(heap[0][0] ** 2)
+    return _picked(len(peaks), order, left)
 
 
-def copies_per_row(peaks: NDArray[np.floating], extra: int, policy: str = "even") -> NDArray[np.int64]:
-    """As :func:`copies_per_tensor` where each output channel has its own threshold.
+def picks_per_row(peaks: NDArray[np.floating], extra: int, policy: str = "even") -> Picks:
+    """As :func:`picks_per_tensor` where each output channel has its own threshold.
 
     One at a time to the channel whose split lowers the sum of the squared thresholds most; where no split lowers it
-    (each row's peak stands in two channels), to the channel with the largest remaining magnitude.
+    (each row's peak stands in two channels), to the channel with the largest remaining magnitude. What is left is that
+    sum.
 
     Args:
         peaks: (O, C), the largest magnitude of each output and input channel.
@@ -216,6 +243,8 @@ def copies_per_row(peaks: NDArray[np.floating], extra: int, policy: str = "even"
     shares = peaks.copy()
     rows = np.arange(outputs)
     top, first, second = _leaders(shares)
+    order: list[int] = []
+    left = [float(np.square(first, dtype=np.float64).sum())]
     for _ in range(extra):
         then = peaks[rows, top] / divisors[copies[top]]
         lowered = np.square(first, dtype=np.float64) - np.square(np.maximum(then, second), dtype=np.float64)
@@ -227,11 +256,13 @@ def copies_per_row(peaks: NDArray[np.floating], extra: int, policy: str = "even"
         copies[channel] += 1
         shares[:, channel] = peaks[:, channel] / divisors[copies[channel] - 1]
         top[stale], first[stale], second[stale] = _leaders(shares[stale])
-    return copies
+        order.append(channel)
+        left.append(float(np.square(first, dtype=np.float64).sum()))
+    return _picked(channels, order, left)
 
 
-def copies_per_block(peaks: NDArray[np.floating], extra: int, block: int, policy: str = "even") -> NDArray[np.int64]:
-    """As :func:`copies_per_row` where each output channel has a threshold for each ``block`` input channels.
+def picks_per_block(peaks: NDArray[np.floating], extra: int, block: int, policy: str = "even") -> Picks:
+    """As :func:`picks_per_row` where each output channel has a threshold for each ``block`` input channels.
 
     The thresholds of one block do not depend on the others, so the best split of each block competes with those of the
     other blocks. Blocks are those before the split; the copies move their borders a little.
@@ -250,20 +281,25 @@ def copies_per_block(peaks: NDArray[np.floating], extra: int, block: int, policy
         gain = np.bincount(top, lowered)
         return -float(gain.max()), start + int(gain.argmax())
 
-    heap = [best(start) for start in range(0, channels, block)] if extra else []
+    starts = range(0, channels, block)
+    heap = [best(start) for start in starts] if extra else []
     heapq.heapify(heap)
+    order: list[int] = []
+    left = [float(np.square(np.maximum.reduceat(peaks, starts, axis=1), dtype=np.float64).sum())]
     for _ in range(extra):
         gain, channel = heap[0]
+        left.append(left[-1] + min(gain, 0.0))
         if gain < 0:
             copies[channel] += 1
             heapq.heapreplace(heap, best(channel // block * block))
-            continue
-        channel = int(np.argmax(largest / divisors[copies - 1]))
-        copies[channel] += 1
-        start = channel // block * block
-        heap = [best(start) if other // block * block == start else (low, other) for low, other in heap]
-        heapq.heapify(heap)
-    return copies
+        else:
+            channel = int(np.argmax(largest / divisors[copies - 1]))
+            copies[channel] += 1
+            start = channel // block * block
+            heap = [best(start) if other // block * block == start else (low, other) for low, other in heap]
+            heapq.heapify(heap)
+        order.append(channel)
+    return _picked(channels, order, left)
 
 
 def _divisors(policy: str, most: int) -> NDArray[np.int64]:

@@ -1,6 +1,6 @@
 """One layer's weight: its channels' peaks, its thresholds, and its integers, whatever the order of its axes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,15 @@ from onnx_ocs.numerics.grid import CHUNK, Grid, nearest, pieces
 from onnx_ocs.numerics.histogram import histogram
 from onnx_ocs.numerics.rounding import ROUNDINGS, Factor, Rows
 from onnx_ocs.numerics.split import (
+    Picks,
     SplitPlan,
     along,
-    copies_per_row,
-    copies_per_tensor,
     deal,
     expand,
     joined,
     joint_blocks,
+    picks_per_row,
+    picks_per_tensor,
     plan_splits,
     recombine,
 )
@@ -75,20 +76,20 @@ def largest(weight: NDArray[Any]) -> float:
     return float(np.maximum(weight.max(), -weight.min()))
 
 
-def choose_splits(
-    peaks: NDArray[np.floating], extra: int, per_channel: bool, policy: str, groups_on_input: bool = False
-) -> tuple[SplitPlan, ...]:
-    """A plan for each group, with ``extra`` more channels each.
+def picks_of(peaks: NDArray[np.floating], extra: int, per_channel: bool, policy: str) -> Picks:
+    """``extra`` copies for a layer or a group of it, by the peaks (O, C) of its channels."""
+    if per_channel:
+        return picks_per_row(peaks, extra, policy)
+    return picks_per_tensor(peaks.max(axis=0), extra, policy)
+
+
+def group_plans(copies: Sequence[NDArray[np.int64]], policy: str, groups_on_input: bool) -> tuple[SplitPlan, ...]:
+    """A plan for each group by how often its channels stand.
 
     Groups along the input axis share one plan over all their channels.
     """
-    choose = copies_per_row if per_channel else _copies_of_all
-    plans = [plan_splits(choose(group, extra, policy), policy) for group in peaks]
+    plans = [plan_splits(group, policy) for group in copies]
     return (joined(plans),) if groups_on_input else tuple(plans)
-
-
-def _copies_of_all(peaks: NDArray[np.floating], extra: int, policy: str) -> NDArray[np.int64]:
-    return copies_per_tensor(peaks.max(axis=0), extra, policy)
 
 
 def no_split(weight: NDArray[Any], axes: Axes) -> tuple[SplitPlan, ...]:

@@ -1,5 +1,6 @@
 """What passes work on, and what they say."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -12,11 +13,14 @@ from onnx_ocs.graph.contraction import Contraction
 from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.layers import Layer
 from onnx_ocs.graph.observe import Observed
+from onnx_ocs.graph.predicted import Predicted
 from onnx_ocs.graph.qdq import DataGrid
 from onnx_ocs.graph.streams import Ids, Stream
+from onnx_ocs.numerics.batchnorm import clipped_normal
 from onnx_ocs.numerics.cost import Cost, Room
 from onnx_ocs.numerics.grid import Grid
 from onnx_ocs.numerics.moments import Moments
+from onnx_ocs.numerics.planning import Inputs, assumed
 from onnx_ocs.numerics.rounding import factorized
 from onnx_ocs.numerics.split import SplitPlan, along, joined
 from onnx_ocs.numerics.statistics import Statistics
@@ -85,7 +89,8 @@ class LayerPlan:
 
     layer: Layer
     observed: Observed | None = None  # its data, where calibration can see it
-    contraction: Contraction | None = None  # how its weights meet its data, where second moments can be gathered
+    contraction: Contraction | None = None  # how its weights meet its data, where that is a value of the main graph
+    given: Mapping[str, Any] = field(default_factory=dict)  # options that hold for this layer
     reason: str | None = None  # why the layer is not split, or is left as it is
     declined: bool = False  # left as it is
     splits: tuple[SplitPlan, ...] = ()  # of the weight; one, or one for each group
@@ -95,6 +100,7 @@ class LayerPlan:
     turned: bool = False  # the weight is stored with its two axes exchanged, and the layer reads it so
     block_reason: str | None = None  # why there are no blocks
     storage: int = 8  # bits of the integer type
+    planned: NDArray[np.float64] | None = None  # () or (outputs,), the threshold that was chosen with the splits
     threshold: NDArray[np.float64] | None = None  # () or (outputs,); in blocks as Axes has it
     step: NDArray[np.float32] | None = None  # of the same shape
     narrowed: int = 0  # thresholds that were raised, so that no sum of two products saturates
@@ -187,6 +193,7 @@ class Work:
     widened: list[Widened] = field(default_factory=list)
     statistics: Mapping[str, Statistics] = field(default_factory=dict)  # of the data of layers, by Observed.key
     stored: Mapping[str, StoredMoments] = field(default_factory=dict)  # by Contraction.key
+    predicted: Mapping[str, Predicted] = field(default_factory=dict)  # by tensor
     _task: tuple[Any, Task] | None = None
 
     def values(self, plan: LayerPlan) -> NDArray[Any]:
@@ -221,11 +228,52 @@ class Work:
         """(groups, n), E of the data that :meth:`values` are multiplied by; None where it is not known."""
         if (moments := self.moments(plan)) is not None:
             return moments.mean
-        found = self.statistics.get(plan.observed.key) if plan.observed is not None else None
-        if found is None or plan.contraction is None or plan.data_splits or plan.outputs is not None:
+        known = self._known(plan)
+        return None if known is None else known.mean
+
+    def inputs(self, plan: LayerPlan) -> Inputs:
+        """Mean and variance of that data; where they are not known, assumed from its sign."""
+        moments, known = self.moments(plan), self._known(plan)
+        if moments is not None and moments.second is not None:
+            square = np.stack([second.diagonal() for second in moments.second])
+            return Inputs(moments.mean, np.maximum(square - np.square(moments.mean), 0))
+        if known is not None:
+            return known
+        axes, shape = plan.axes, self.values(plan).shape
+        inputs = shape[axes.input] // (axes.groups if axes.groups_on_input else 1)
+        inner = math.prod(shape) // (shape[axes.input] * shape[axes.output or 0]) if axes.kernel else 1
+        sign = self.predicted.get(plan.layer.data.name) if plan.contraction is not None else None
+        return assumed(axes.groups, inputs * inner, sign is not None and sign.nonnegative)
+
+    def _known(self, plan: LayerPlan) -> Inputs | None:
+        """By the statistics of each channel, or by the graph."""
+        if plan.contraction is None or (plan.static_extra != plan.extra and plan.stream is not None):
             return None
+        found = self.statistics.get(plan.observed.key) if plan.observed is not None else None
+        if found is not None:
+            mean, variance = found.mean, np.maximum(found.square - np.square(found.mean), 0)
+        elif (foreseen := self._foreseen(plan)) is not None:
+            mean, variance = foreseen
+        else:
+            return None
+        if plan.data_splits:
+            split = joined(list(plan.data_splits))
+            mean, variance = mean[split.source] * split.gain, variance[split.source] * np.square(split.gain)
+        if plan.layer.groups > 1 and plan.outputs is not None:
+            mean, variance = mean[plan.outputs], variance[plan.outputs]
         inner = plan.contraction.inputs * plan.layer.groups // plan.channels
-        return np.repeat(found.mean, inner).reshape(plan.layer.groups, -1)
+        groups = plan.axes.groups
+        return Inputs(*(np.repeat(values, inner).reshape(groups, -1) for values in (mean, variance)))
+
+    def _foreseen(self, plan: LayerPlan) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+        """(C,) each, mean and variance by the normalizations in front of the layer."""
+        layer, known = plan.layer, self.predicted.get(plan.layer.data.name)
+        rank = len(layer.weight.shape) if layer.node.op != "MatMul" else self.editor.ranks.get(layer.data.name)
+        if known is None or not known.parts or rank is None or layer.data_axis != 1 - rank:
+            return None
+        parts = [clipped_normal(part.mean, part.variance, part.low, part.high) for part in known.parts]
+        mean, variance = (np.concatenate(values) for values in zip(*parts, strict=True))
+        return (mean, variance) if len(mean) == plan.channels else None
 
     def task(self, plan: LayerPlan) -> Task:
         """How the weight of ``plan`` is rounded; the factors of the last layer asked for are kept."""
@@ -274,7 +322,12 @@ def is_first(plan: LayerPlan) -> bool:
 
 def weight_bits(plan: LayerPlan, bits: int, first: str) -> int:
     """The bits of a layer's weight, where others have ``bits``."""
-    return FIRST_LAYER_BITS if first == "int8" and is_first(plan) else bits
+    return int(plan.given.get("bits", FIRST_LAYER_BITS if first == "int8" and is_first(plan) else bits))
+
+
+def ratio_of(plan: LayerPlan, ratio: float) -> float:
+    """The ratio of a layer's weight, where others have ``ratio``."""
+    return float(plan.given.get("ratio", ratio))
 
 
 def unsplit(plan: LayerPlan, ratio: float) -> str | None:
@@ -288,12 +341,17 @@ def unsplit(plan: LayerPlan, ratio: float) -> str | None:
     return None
 
 
+def is_visible(editor: Editor, layer: Layer) -> bool:
+    """Whether the data of a layer is a value of the main graph."""
+    main, data = editor.scopes[0], layer.data
+    return main.holds(data) or any(data is source for source in main.graph.inputs)
+
+
 def observed(editor: Editor, layer: Layer) -> Observed | None:
     """The data of a layer as calibration observes it; None where it is not a value of the main graph."""
-    main, data, name = editor.scopes[0], layer.data, layer.data.name
-    if not (main.holds(data) or any(data is source for source in main.graph.inputs)):
+    if not is_visible(editor, layer):
         return None
-    shape = editor.shapes.get(name)
+    shape = editor.shapes.get(layer.data.name)
     if shape is None and layer.node.op in ("Conv", "ConvTranspose", "Gemm"):
         shape = (None,) * len(layer.weight.shape)
-    return Observed(name, layer.data_axis, layer.channels, shape, layer.weight.data_type)
+    return Observed(layer.data.name, layer.data_axis, layer.channels, shape, layer.weight.data_type)

@@ -20,7 +20,7 @@ class ChooseRounding:
         return [plan if plan.declined else self._visit(work, plan) for plan in work.plans]
 
     def _visit(self, work: Work, plan: LayerPlan) -> LayerPlan:
-        rounding, reason = self.rounding, None
+        rounding, reason = plan.given.get("round", self.rounding), None
         moments = work.moments(plan)
         if rounding == "hessian" and (moments is None or moments.second is None):
             rounding, reason = "compensated", "nothing is known of its data"

@@ -50,10 +50,14 @@ class ChooseSteps:
 
     def _threshold(self, work: Work, plan: LayerPlan) -> NDArray[np.float64]:
         assert plan.bits is not None
-        clip = "none" if self.clip == "auto" else self.clip
+        clip = plan.given.get("clip", self.clip)
+        chosen, hessian = clip == "auto", plan.rounding == "hessian"
+        if chosen and not hessian and plan.planned is not None:
+            return plan.planned
         weight = work.values(plan)
+        clip = "none" if chosen else clip
         threshold = choose_threshold(weight, plan.splits, plan.axes, plan.per_channel, clip, plan.bits)
-        if self.clip != "auto" or plan.rounding != "hessian" or plan.block is not None:
+        if not chosen or not hessian or plan.block is not None:
             return threshold
         return least_error_threshold(weight, plan.splits, plan.axes, threshold, plan.bits, work.task(plan))
 

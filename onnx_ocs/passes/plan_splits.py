@@ -1,5 +1,6 @@
 """Which input channels of each layer's weight are split, and into how many copies."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -9,19 +10,29 @@ from numpy.typing import NDArray
 
 from onnx_ocs.graph.streams import Stream
 from onnx_ocs.numerics.cost import Room, room
+from onnx_ocs.numerics.grid import Grid
+from onnx_ocs.numerics.planning import Inputs, Joint, allocated, noise_to_signal, picks_together
 from onnx_ocs.numerics.split import (
+    Picks,
     SplitPlan,
     arranged,
-    copies_per_block,
-    copies_per_row,
-    copies_per_tensor,
+    extra_channels,
     in_blocks,
     joined,
     matching,
+    picks_per_block,
+    picks_per_row,
+    picks_per_tensor,
     plan_splits,
 )
-from onnx_ocs.numerics.weights import channel_peaks, choose_splits, no_split
-from onnx_ocs.passes.base import LayerPlan, Widened, Work, unsplit
+from onnx_ocs.numerics.weights import channel_peaks, group_plans, grouped, no_split, picks_of
+from onnx_ocs.passes.base import LayerPlan, Widened, Work, ratio_of, unsplit
+
+ALLOCATIONS = ("uniform", "knapsack", "sensitivity")
+"""Which layers get copies: each the same share, or those where they lower the range or the error of outputs most."""
+
+MOST = 4
+"""Times as many copies as ``uniform`` gives it, that a layer gets at most by another allocation."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,8 @@ class PlanSplits:
     """``ceil(ratio * C)`` more channels for each layer, one at a time (Zhao et al., Sections 3.2, 3.4).
 
     With ``multiples`` the number of channels is rounded up to one of them, by real splits. Layers of one stream, and
-    with ``shared`` those that read one tensor, split the same channels: each counts by the share of its own range.
+    with ``shared`` those that read one tensor, split the same channels: each counts by the share of its own range, or
+    of its own objective.
     """
 
     name: ClassVar[str] = "plan-splits"
@@ -41,14 +53,21 @@ class PlanSplits:
     most: float = 0.25  # of the channels, that the multiples may add
     shared: bool = False
     whole_blocks: bool = False  # copies are as many as fill whole blocks
+    objective: str | None = None  # of planning.OBJECTIVES, for thresholds chosen with the splits; none: by magnitude
+    allocation: str = "uniform"  # of ALLOCATIONS
 
     def apply(self, work: Work) -> list[LayerPlan]:
         plans = [plan if plan.declined else self._unsplit(work, plan) for plan in work.plans]
         open_ = [place for place, plan in enumerate(plans) if not plan.declined and self._is_open(plan)]
-        for group in _groups([plans[place] for place in open_], self.shared):
-            places = [open_[at] for at in group]
-            for place, plan in zip(places, self._visit(work, [plans[place] for place in places]), strict=True):
+        groups = [[open_[at] for at in group] for group in _groups([plans[place] for place in open_], self.shared)]
+        chosen = [_Choice.of([plans[place] for place in places], self.ratio) for places in groups]
+        if self.allocation != "uniform":
+            chosen = self._allocated(work, chosen)
+        for places, choice in zip(groups, chosen, strict=True):
+            for place, plan in zip(places, self._visit(work, choice), strict=True):
                 plans[place] = plan
+        if self.objective is not None:
+            plans = [self._planned(work, plan) for plan in plans]
         return self._widened(work, plans)
 
     def _is_open(self, plan: LayerPlan) -> bool:
@@ -57,39 +76,65 @@ class PlanSplits:
 
     def _unsplit(self, work: Work, plan: LayerPlan) -> LayerPlan:
         weight = work.values(plan)
-        reason = unsplit(plan, self.ratio) if self.stored else "its weights stay float (--bits none)"
+        reason = unsplit(plan, ratio_of(plan, self.ratio)) if self.stored else "its weights stay float (--bits none)"
         if reason is None and plan.stream is None and not channel_peaks(weight, plan.axes).any():
             reason = "all its weights are zero"
         return replace(plan, reason=reason, splits=no_split(weight, plan.axes))
 
-    def _visit(self, work: Work, plans: list[LayerPlan]) -> list[LayerPlan]:
-        first = plans[0]
-        stream, layer = first.stream, first.layer
-        channels = stream.channels if stream else layer.channels // layer.groups
-        copied = 0 if first.activation is None else first.activation.extra // layer.groups
-        block = next((plan.block for plan in plans if plan.block is not None), None)
-        chosen = self._room(channels, copied, block)
-        if not chosen.extra and not (stream and first.data_splits):
-            return [replace(plan, reason=chosen.reason, room=chosen, stream=None) for plan in plans]
-        if len(plans) == 1 and stream is None and block is None:
-            peaks = channel_peaks(work.values(first), first.axes)
-            splits = choose_splits(peaks, chosen.extra, first.per_channel, self.policy, first.axes.groups_on_input)
-            return [replace(first, splits=splits, room=chosen)]
-        if stream is not None and first.data_splits:
-            return self._shared_out(work, plans, stream, chosen)
-        copies = self._copies(work, plans, channels, chosen.extra, block)
-        if stream is None:
-            split = plan_splits(copies, self.policy)
-            split = split if block is None else in_blocks(split, block)
-            return [replace(plan, splits=(split,), room=chosen) for plan in plans]
-        work.widened.append(Widened(stream, stream.sources(copies)))
-        return [replace(plan, splits=(self._arranged(work, plan, copies),), room=chosen) for plan in plans]
+    def _allocated(self, work: Work, chosen: list["_Choice"]) -> list["_Choice"]:
+        """As many copies in all as by one ratio for all layers, or nearly, but elsewhere."""
+        if not any(choice.extra for choice in chosen):
+            return chosen
+        curves, costs = [], []
+        for choice in chosen:
+            most = min(choice.channels, MOST * choice.extra)
+            picks = self._picks(work, choice, most)
+            left = np.sum([each.left for each in picks], axis=0) / max(sum(each.left[0] for each in picks), 1e-300)
+            weight = float(len(choice.plans))
+            if self.allocation == "knapsack":
+                left = np.sqrt(left)
+            else:
+                weight = sum(self._noise(work, plan) for plan in choice.plans)
+            curves.append(weight * left)
+            costs.append(choice.bytes)
+        budget = sum(choice.extra * choice.bytes for choice in chosen)
+        extras = allocated(curves, costs, budget)
+        return [replace(choice, extra=extra) for choice, extra in zip(chosen, extras, strict=True)]
 
-    def _shared_out(self, work: Work, plans: list[LayerPlan], stream: Stream, chosen: Room) -> list[LayerPlan]:
-        """Copies that are shares of the data, which all ``plans`` read, and of them again copies for the weights."""
+    def _noise(self, work: Work, plan: LayerPlan) -> float:
+        assert plan.bits is not None
+        rows = grouped(work.values(plan), plan.axes)
+        return noise_to_signal(rows, self._inputs(work, plan).square, Grid(plan.bits).levels, not plan.per_channel)
+
+    def _inputs(self, work: Work, plan: LayerPlan) -> Inputs:
+        found = work.inputs(plan)
+        if self.objective == "weight":
+            return Inputs(np.zeros_like(found.mean), np.ones_like(found.variance))
+        return found.centered if plan.corrected else found
+
+    def _visit(self, work: Work, choice: "_Choice") -> list[LayerPlan]:
+        plans, first, stream, block = choice.plans, choice.first, choice.first.stream, choice.block
+        chosen = self._room(choice)
+        if not chosen.extra and not (stream and first.data_splits):
+            reason = chosen.reason if choice.extra else f"copies save more elsewhere (--allocate {self.allocation})"
+            return [replace(plan, reason=reason, room=chosen, stream=None) for plan in plans]
+        if stream is not None and first.data_splits:
+            return self._shared_out(work, choice, stream, chosen)
+        picks = self._picks(work, choice, chosen.extra)
+        copies = [each.copies() for each in picks]
+        if stream is None:
+            splits = group_plans(copies, self.policy, first.axes.groups_on_input)
+            splits = splits if block is None else (in_blocks(splits[0], block),)
+            return [replace(plan, splits=splits, room=chosen) for plan in plans]
+        work.widened.append(Widened(stream, stream.sources(copies[0])))
+        return [replace(plan, splits=(self._arranged(work, plan, copies[0]),), room=chosen) for plan in plans]
+
+    def _shared_out(self, work: Work, choice: "_Choice", stream: Stream, chosen: Room) -> list[LayerPlan]:
+        """Copies that are shares of the data, which all plans read, and of them again copies for the weights."""
+        plans = choice.plans
         name, data = plans[0].layer.data.name, joined(list(plans[0].data_splits))
         ids = stream.ids[name]
-        copies = self._copies(work, plans, len(data.source), chosen.extra, None)
+        copies = self._magnitudes(work, choice, len(data.source), chosen.extra).copies()
         split = plan_splits(copies, self.policy)
         whole = np.zeros(stream.channels, np.int64)
         np.add.at(whole, ids[data.source[split.source]], 1)
@@ -106,10 +151,11 @@ class PlanSplits:
         work.widened.append(Widened(stream, sources, gains))
         return [replace(plan, splits=(made,), room=chosen) for plan in plans]
 
-    def _room(self, channels: int, copied: int, block: int | None) -> Room:
+    def _room(self, choice: "_Choice") -> Room:
+        channels, copied, block = choice.channels, choice.copied, choice.block
         if block is None or not self.whole_blocks:
-            return room(self.ratio, channels, copied, self.multiples, self.most)
-        chosen = room(self.ratio, channels, copied, (block,), self.most)
+            return room(choice.extra, channels, copied, self.multiples, self.most)
+        chosen = room(choice.extra, channels, copied, (block,), self.most)
         if (channels + chosen.extra) % block == 0:
             return chosen
         return Room(0, 1, f"a block of {block} copies is too many for {channels} channels (--max-expand)")
@@ -118,19 +164,61 @@ class PlanSplits:
         widened, name = work.widened[-1], plan.layer.data.name
         return arranged(plan_splits(copies[widened.stream.ids[name]], self.policy), widened.sources[name])
 
-    def _copies(
-        self, work: Work, plans: list[LayerPlan], channels: int, extra: int, block: int | None
-    ) -> NDArray[np.int64]:
-        """How often each channel is to stand, for several layers that read it."""
+    def _picks(self, work: Work, choice: "_Choice", extra: int) -> list[Picks]:
+        """Which channel gets a copy more, one after the other; for each group of a layer with groups."""
+        plans, first, block = choice.plans, choice.first, choice.block
+        if self.objective is not None and block is None:
+            costs = [self._costs(work, plan, choice.ids(plan), choice.channels) for plan in plans]
+            return [picks_together(parts, extra) for parts in zip(*costs, strict=True)]
+        if len(plans) == 1 and first.stream is None and block is None:
+            peaks = channel_peaks(work.values(first), first.axes)
+            return [picks_of(group, extra, first.per_channel, self.policy) for group in peaks]
+        return [self._magnitudes(work, choice, choice.channels, extra)]
+
+    def _costs(self, work: Work, plan: LayerPlan, ids: NDArray[np.int64], channels: int) -> list[Joint]:
+        """For each group of a layer what its thresholds cost."""
+        assert plan.bits is not None
+        inputs, levels, together = self._inputs(work, plan), Grid(plan.bits).levels, not plan.per_channel
+        return [
+            Joint(rows, mean, variance, levels, together, ids, channels, self.policy)
+            for rows, mean, variance in zip(
+                grouped(work.values(plan), plan.axes), inputs.mean, inputs.variance, strict=True
+            )
+        ]
+
+    def _planned(self, work: Work, plan: LayerPlan) -> LayerPlan:
+        """With the threshold of each output, or of all, that goes with the copies."""
+        if plan.declined or plan.block is not None or plan.bits is None:
+            return plan
+        groups = plan.axes.groups
+        if plan.axes.groups_on_input:
+            copies = np.split(np.bincount(plan.splits[0].source), groups)
+        else:
+            copies = [np.bincount(split.source) for split in plan.splits] * (groups // len(plan.splits))
+        parts = self._costs(work, plan, np.arange(len(copies[0])), len(copies[0]))
+        for part, some in zip(parts, copies, strict=True):
+            part.give(some)
+        found = np.stack([part.thresholds for part in parts])
+        if not plan.per_channel:
+            return replace(plan, planned=found.max())
+        assert plan.axes.output is not None
+        outputs = plan.layer.weight.shape[plan.axes.output]
+        if plan.axes.groups_on_input:
+            return replace(plan, planned=found.reshape(groups, outputs, -1).max(axis=(0, 2)))
+        return replace(plan, planned=found.reshape(outputs, -1).max(axis=1))
+
+    def _magnitudes(self, work: Work, choice: "_Choice", channels: int, extra: int) -> Picks:
+        """By the largest weights of several layers that read the same channels."""
+        plans = choice.plans
         rows = [self._rows(work, plan, channels) for plan in plans]
         if len(rows) > 1:
             rows = [peaks / max(np.sqrt(np.square(peaks.max(axis=1)).sum()), np.finfo(float).tiny) for peaks in rows]
         joint = np.concatenate(rows)
-        if block is not None:
-            return copies_per_block(joint, extra, block, self.policy)
+        if choice.block is not None:
+            return picks_per_block(joint, extra, choice.block, self.policy)
         if any(plan.per_channel for plan in plans):
-            return copies_per_row(joint, extra, self.policy)
-        return copies_per_tensor(joint.max(axis=0), extra, self.policy)
+            return picks_per_row(joint, extra, self.policy)
+        return picks_per_tensor(joint.max(axis=0), extra, self.policy)
 
     def _rows(self, work: Work, plan: LayerPlan, channels: int) -> NDArray[np.float64]:
         """The peaks of each scale of a layer in each channel of the stream or tensor."""
@@ -170,3 +258,37 @@ def _groups(plans: list[LayerPlan], shared: bool) -> Iterator[list[int]]:
             key = ("tensor", id(layer.scope), layer.data.name, layer.data_axis)
         groups.setdefault(key, []).append(place)
     yield from groups.values()
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """Layers whose channels are chosen together, and how many copies they are to get."""
+
+    plans: list[LayerPlan]
+    channels: int  # to choose from: of the stream, or of each group
+    copied: int  # that splitting the data adds already
+    extra: int
+    bytes: float  # of the weights of a channel
+
+    @classmethod
+    def of(cls, plans: list[LayerPlan], ratio: float) -> "_Choice":
+        """With the same share of their channels as all layers have."""
+        first = plans[0]
+        stream, groups = first.stream, first.layer.groups
+        channels = stream.channels if stream else first.layer.channels // groups
+        copied = 0 if first.activation is None else first.activation.extra // groups
+        extra = extra_channels(max(ratio_of(plan, ratio) for plan in plans), channels)
+        held = sum(math.prod(plan.layer.weight.shape) * plan.storage / 8 for plan in plans)
+        return cls(plans, channels, copied, extra, held / channels)
+
+    @property
+    def first(self) -> LayerPlan:
+        return self.plans[0]
+
+    def ids(self, plan: LayerPlan) -> NDArray[np.int64]:
+        """Which of the channels each input channel of a plan is."""
+        return np.arange(self.channels) if plan.stream is None else plan.stream.ids[plan.layer.data.name]
+
+    @property
+    def block(self) -> int | None:
+        return next((plan.block for plan in self.plans if plan.block is not None), None)

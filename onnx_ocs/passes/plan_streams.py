@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from onnx_ocs.graph.layers import Layer
 from onnx_ocs.graph.streams import Stream, stream_of
 from onnx_ocs.numerics.cost import DEPTHWISE, Cost, columns, room
-from onnx_ocs.passes.base import LayerPlan, Work, unsplit
+from onnx_ocs.numerics.split import extra_channels
+from onnx_ocs.passes.base import LayerPlan, Work, ratio_of, unsplit
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class PlanStreams:
         return [found.get(id(plan.layer.node), plan) for plan in work.plans]
 
     def _may_split(self, plan: LayerPlan) -> bool:
-        return not plan.declined and plan.block is None and unsplit(plan, self.ratio) is None
+        return not plan.declined and plan.block is None and unsplit(plan, ratio_of(plan, self.ratio)) is None
 
     def _may_widen(self, plan: LayerPlan) -> bool:
         """Not where the type or the blocks of the weight were chosen by the number of its outputs."""
@@ -88,7 +89,8 @@ class PlanStreams:
 
     def _choice(self, work: Work, stream: Stream) -> dict[str, Any]:
         """What the plans of all readers of a stream say of it."""
-        extra = room(self.ratio, stream.channels, 0, self.multiples, self.most).extra
+        exact = extra_channels(self.ratio, stream.channels)
+        extra = room(exact, stream.channels, 0, self.multiples, self.most).extra
         gather, fold = self._gather(work, stream, extra), self._fold(work, stream, extra)
         costs = {"gather": gather, "fold": fold}
         if self.fold == "auto" and fold.total >= gather.total:

@@ -1,8 +1,9 @@
 """Which layers are worked on at all."""
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -22,15 +23,22 @@ class SelectLayers:
     skip: tuple[str, ...] = ()
     quantize_ops: tuple[str, ...] = ()  # all if empty
     first: str = "int8"
+    overrides: Sequence[tuple[str, Mapping[str, Any]]] = ()  # of layers whose names match; later ones hold
 
     def apply(self, work: Work) -> list[LayerPlan]:
         return [self._visit(work, plan) for plan in work.plans]
 
     def _visit(self, work: Work, plan: LayerPlan) -> LayerPlan:
         layer = plan.layer
+        given: dict[str, Any] = {}
+        for pattern, some in self.overrides:
+            given |= some if re.search(pattern, layer.name) else {}
+        plan = replace(plan, given=given)
         if (reason := self._left_out(layer)) is not None:
             return replace(plan, declined=True, reason=reason)
-        if self.first == "float" and is_first(plan):
+        if "bits" in given and given["bits"] is None:
+            return replace(plan, declined=True, reason="left float by --layer")
+        if self.first == "float" and "bits" not in given and is_first(plan):
             return replace(plan, declined=True, reason="a first layer, left float (--first float)")
         peak = largest(work.values(plan))
         if not np.isfinite(peak):

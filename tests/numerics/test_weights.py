@@ -8,17 +8,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_ocs.numerics.grid import CHUNK, Grid
-from onnx_ocs.numerics.split import copies_per_block, expand, extra_channels, in_blocks, plan_splits
+from onnx_ocs.numerics.split import expand, extra_channels, in_blocks, picks_per_block, plan_splits
 from onnx_ocs.numerics.weights import (
     Axes,
     channel_peaks,
-    choose_splits,
     choose_threshold,
+    group_plans,
     no_split,
+    picks_of,
     recombination_error,
     split_floats,
     split_integers,
 )
+
+
+def choose_splits(peaks, extra, per_channel, policy, groups_on_input=False):
+    """Plans that give each group ``extra`` copies."""
+    copies = [picks_of(group, extra, per_channel, policy).copies() for group in peaks]
+    return group_plans(copies, policy, groups_on_input)
+
 
 SHAPES = {
     "Conv": ((6, 8, 3, 3), Axes(1, 0)),
@@ -143,7 +151,7 @@ def test_blocks_against_loops(name, block, extra, policy, bits, ordered, seed):
     axes = replace(axes, block=block)
     weight = (np.random.default_rng(seed).standard_normal(shape) ** 3).astype(np.float32)
     (peaks,) = channel_peaks(weight, axes)
-    plan = plan_splits(copies_per_block(peaks, extra, block, policy), policy)
+    plan = plan_splits(picks_per_block(peaks, extra, block, policy).copies(), policy)
     plan = in_blocks(plan, block) if ordered else plan
     threshold = choose_threshold(weight, (plan,), axes, True, "none", bits)
     step = Grid(bits).step(threshold)
