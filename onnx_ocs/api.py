@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.hints import table_lengths
 from onnx_ocs.graph.model import Model
 from onnx_ocs.graph.samples import Samples
+from onnx_ocs.reach import SAMPLES, reach
 from onnx_ocs.recipe import PRESETS, Recipe, stored_recipe
 from onnx_ocs.rules import LayerKernel, find_violations
 from onnx_ocs.rules.base import Finding
 from onnx_ocs.run import Calibration, Source
+from onnx_ocs.search import Goal
 from onnx_ocs.targets import TARGETS
 
 
@@ -54,6 +56,9 @@ def quantize(
     stats: str | Path | None = None,
     save_stats: str | Path | None = None,
     report: str | Path | None = None,
+    goal: Goal | None = None,
+    search_state: str | Path | None = None,
+    front: str | Path | None = None,
     timeout: float = child.TIMEOUT,
     progress: Callable[[str], None] = lambda stage: None,
     **options: Any,
@@ -72,6 +77,9 @@ def quantize(
         stats: statistics that an earlier run saved, in place of samples.
         save_stats: where to save those of this run.
         report: where to write the report as JSON.
+        goal: what the result must reach; bits, ratio and clip that do are searched for, except for those given here.
+        search_state: a file that keeps the trials of the search, which goes on from there.
+        front: where to write the Pareto front of the trials, as CSV or (by any other name) JSON.
         timeout: seconds that the verification may take.
         progress: called with the name of each stage.
         options: those of the command line with ``_`` for ``-`` (see :class:`onnx_ocs.recipe.Recipe`).
@@ -86,14 +94,39 @@ def quantize(
     chosen = resolve(options, preset, recipe, calibration.given, calibrate is not None)
     if save_stats is not None and (calibrate is None or not chosen.calibrates):
         raise ValueError("save-stats keeps what calibration sees, and with these options there is none")
-    for beside in (report, save_stats):
+    if goal is None and (search_state is not None or front is not None):
+        raise ValueError("search-state and front are of the search for a goal; give one (--target-agreement, ...)")
+    for beside in (report, save_stats, search_state, front):
         if beside is not None:
             with files.workplace(Path(beside)):
                 pass  # it can be written, so that no model is written without it
-    outcome = pipeline.transform(source, _path(destination), chosen, _path(inputs), calibration, timeout, progress)
+    found = None
+    if goal is not None:
+        _check_search(chosen)
+        kept = {**PRESETS.get(preset or "", {}), **options}
+        asked = source, chosen, kept, goal, _path(inputs), calibration, timeout, progress
+        found = reach(*asked, _path(search_state), _path(front))
+        chosen = found.recipe
+    count = pipeline.CALIBRATED if found is None else SAMPLES
+    outcome = pipeline.transform(
+        source, _path(destination), chosen, _path(inputs), calibration, timeout, progress, count=count
+    )
+    if found is not None:
+        outcome.report["search"] = {
+            "goal": asdict(goal) if goal else None,
+            "trials": found.trials,
+            "front": [asdict(trial) for trial in found.front],
+        }
     if report is not None:
         write_json(Path(report), outcome.report)
     return Result(outcome.report, outcome.path, outcome.model)
+
+
+def _check_search(recipe: Recipe) -> None:
+    if recipe.float or recipe.bits is None:
+        raise ValueError("a goal is searched for by the bits of weights, which stay float with these options")
+    if not recipe.verify:
+        raise ValueError("a goal is reached by what verification measures; leave no-verify out")
 
 
 def split(source: Source, destination: str | Path | None = None, **options: Any) -> Result:

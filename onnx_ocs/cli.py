@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from onnx_ocs import api, junit, tables
+from onnx_ocs import api, junit, search, tables
 from onnx_ocs._version import __version__
 from onnx_ocs.child import TIMEOUT
 from onnx_ocs.errors import OcsError, RuntimeFailed, VerificationFailed
 from onnx_ocs.numerics.clip import clip_names
 from onnx_ocs.recipe import BITS, CHOICES, OVERRIDES, PRESETS, Recipe
+from onnx_ocs.search import Goal
 from onnx_ocs.targets import TARGETS
 
 DONE, FAILED, USAGE, UNUSABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
@@ -108,6 +109,7 @@ def _transform_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-fold-bn", action="store_true", help="leave BatchNormalization nodes as they are")
     _add_target(parser)
     _add_activations(parser)
+    _add_goal(parser)
     parser.add_argument("--no-verify", action="store_true", help="write the result without running it")
     parser.add_argument(
         "--verify-timeout",
@@ -272,6 +274,61 @@ def _add_activations(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_goal(parser: argparse.ArgumentParser) -> None:
+    """A goal, and what bounds the search for it."""
+    group = parser.add_argument_group(
+        "a goal in place of settings (bits, ratio, clip and plan are searched for where they are not given)"
+    )
+    group.add_argument(
+        "--target-agreement", type=float, metavar="F", default=None, help="share of equal top-1 classes, 0 to 1"
+    )
+    group.add_argument("--target-sqnr", type=_finite, metavar="DB", default=None, help="of the worst output")
+    group.add_argument(
+        "--max-size-ratio",
+        type=_positive,
+        metavar="X",
+        default=None,
+        help="of the bytes of the model; alone: the best model within them, else the smallest that reaches the goal",
+    )
+    group.add_argument(
+        "--search-bits",
+        type=_words,
+        metavar="B,...",
+        default=None,
+        help=f"widths to choose from ({','.join(map(str, search.BITS))}: the widest of each integer type)",
+    )
+    group.add_argument(
+        "--budget", type=int, metavar="N", default=None, help=f"trials at most, each a whole run ({search.BUDGET})"
+    )
+    group.add_argument(
+        "--search-state",
+        type=Path,
+        metavar="FILE.json",
+        default=None,
+        help="keeps the trials, to go on from",
+    )
+    group.add_argument(
+        "--front", type=Path, metavar="FILE", default=None, help="write the Pareto front of the trials (.csv, or JSON)"
+    )
+
+
+def _goal(given: dict[str, Any], parser: argparse.ArgumentParser) -> Goal | None:
+    """What the options of a goal say; they are taken out."""
+    names = {"target_agreement": "agreement", "target_sqnr": "sqnr", "max_size_ratio": "size_ratio"}
+    asked = {field: given.pop(name) for name, field in names.items()}
+    bits, budget = given.pop("search_bits"), given.pop("budget")
+    bounds: dict[str, Any] = {} if budget is None else {"budget": budget}
+    try:
+        bounds |= {} if bits is None else {"bits": tuple(int(width) for width in bits)}
+        if any(value is not None for value in asked.values()):
+            return Goal(**asked, **bounds)
+    except ValueError as error:
+        parser.error(str(error))
+    if bounds:
+        parser.error("--budget and --search-bits bound the search for a goal; give one (--target-agreement, ...)")
+    return None
+
+
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", default=False, help="no table, no progress")
     parser.add_argument("-v", "--verbose", action="store_true", default=False, help="a row for each layer")
@@ -343,32 +400,34 @@ def _transform(options: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     quiet, verbose = given.pop("quiet"), given.pop("verbose")
     report, timeout = given.pop("report"), given.pop("verify_timeout")
     samples = {name: given.pop(name, None) for name in ("inputs", "calibrate", "stats", "save_stats")}
+    goal, kept = _goal(given, parser), {name: given.pop(name) for name in ("search_state", "front")}
     read = {f"--{name}": samples[name] for name in ("inputs", "calibrate", "stats")}
     _keep_apart(
         parser,
         {"IN": source, "OUT": target, "--recipe": given["recipe"], **read},
-        {"--report": report, "--save-stats": samples["save_stats"]},
+        {
+            "--report": report,
+            "--save-stats": samples["save_stats"],
+            "--search-state": kept["search_state"],
+            "--front": kept["front"],
+        },
     )
     if samples["calibrate"] is not None and samples["stats"] is not None:
         parser.error("--stats takes the place of --calibrate; give one of them")
     if samples["save_stats"] is not None and samples["calibrate"] is None:
         parser.error("--save-stats keeps what --calibrate sees; give samples")
     calibrated = samples["calibrate"] is not None or samples["stats"] is not None
-    recipe = _resolve(given, parser, calibrated, samples["calibrate"] is not None)
+    if goal is not None and "bits" in given:
+        parser.error("a goal chooses the bits; give --search-bits in place of --bits")
+    recipe = _resolve(dict(given), parser, calibrated, samples["calibrate"] is not None)
     if samples["save_stats"] is not None and not Recipe.of(recipe).calibrates:
         parser.error("--save-stats keeps what calibration sees, and with these options there is none")
     with _progress(quiet) as progress:
-        result = api.quantize(
-            source,
-            target,
-            recipe=recipe,
-            act_bits=recipe["act_bits"],
-            **samples,
-            report=report,
-            timeout=timeout,
-            progress=progress,
-        )
+        files = {**samples, **kept, "report": report}
+        result = api.quantize(source, target, **files, goal=goal, timeout=timeout, progress=progress, **given)
     if not quiet:
+        if goal is not None:
+            _show(tables.front(result.report["search"]), "")
         _show(*([tables.layers(result.report["layers"])] if verbose else []), tables.result(result.report, target))
     return DONE
 

@@ -124,26 +124,26 @@ def _blocks(run: Run) -> PlanBlocks:
 def _statistics(run: Run, model: Model, work: Work) -> calibrate.Seen:
     """What calibration sees of the data of the selected layers, or what a file of statistics says."""
     recipe, given = run.recipe, run.calibration
-    if run.seen is None and given.stats is not None:
-        run.seen = calibrate.load(given.stats, Model.load(run.source).digest())
-    if run.seen is None and model.opset() >= OPSET:
+    if run.known.seen is None and given.stats is not None:
+        run.known.seen = calibrate.load(given.stats, Model.load(run.source).digest())
+    if run.known.seen is None and model.opset() >= OPSET:
         layers = [plan.observed for plan in work.plans if plan.observed and not plan.declined]
         found = layers + [plan.observed for plan in work.tensors]
         tensors = list({tensor.key: tensor for tensor in found}.values())
         assert isinstance(given.samples, Path)
         with run.timed("calibrate"):
-            run.seen = calibrate.calibrate(
+            run.known.seen = calibrate.calibrate(
                 model,
                 tensors,
                 given.samples,
-                run.folder,
+                run.known.folder,
                 recipe.calibration_samples,
                 recipe.batch,
                 recipe.calibration_stride,
                 recipe.seed,
                 run.timeout,
             )
-    return run.seen or {}
+    return run.known.seen or {}
 
 
 def _moments(run: Run, model: Model, work: Work) -> dict[str, moments.Stored]:
@@ -152,19 +152,19 @@ def _moments(run: Run, model: Model, work: Work) -> dict[str, moments.Stored]:
     layers = [plan.contraction for plan in work.plans if plan.contraction and plan.observed and not plan.declined]
     if not isinstance(samples, Path) or not layers:
         return {}
-    if run.moments is None:
+    if run.known.moments is None:
         with run.timed("calibrate"):
-            run.moments = moments.gather(
+            run.known.moments = moments.gather(
                 model,
                 layers,
                 samples,
-                run.folder,
+                run.known.folder,
                 recipe.calibration_samples,
                 recipe.batch,
                 recipe.needs_moments,
                 run.timeout,
             )
-    return run.moments
+    return run.known.moments
 
 
 def _fold(run: Run, model: Model, work: Work) -> int:

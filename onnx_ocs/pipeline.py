@@ -28,7 +28,7 @@ from onnx_ocs.passes.split_channels import SplitChannels
 from onnx_ocs.passes.widen_makers import WidenMakers
 from onnx_ocs.recipe import Recipe
 from onnx_ocs.report import layer_rows, overhead, stage_summary
-from onnx_ocs.run import Calibration, Progress, Run, Source
+from onnx_ocs.run import Calibration, Known, Progress, Run, Source
 
 CALIBRATED = 64
 """Samples of those for calibration that the result is verified on, where no others are given."""
@@ -71,8 +71,14 @@ def transform(
     calibration: Calibration,
     timeout: float,
     progress: Progress,
+    known: Known | None = None,
+    count: int = CALIBRATED,
 ) -> Outcome:
     """Split and quantize ``source`` by ``recipe``, verify the result, and write it to ``target``.
+
+    Args:
+        known: what earlier runs on the same source and samples found out, and where this one leaves it.
+        count: samples of those for calibration that the result is verified on, where there are no ``inputs``.
 
     Raises:
         OcsError: the model or the samples cannot be used, or the result is not what it has to be; nothing is written.
@@ -84,7 +90,10 @@ def transform(
                 path = stored(calibration.samples, here, recipe.calibration_samples)
                 calibration = replace(calibration, samples=path)
             narrow = recipe.container == "auto"
-            return _attempt(Run(recipe, source, target, folder, inputs, calibration, timeout, progress, narrow))
+            known = known or Known(folder)
+            return _attempt(
+                Run(recipe, source, target, folder, inputs, calibration, timeout, progress, narrow, known, count)
+            )
         except BadSamples as error:  # of arrays, whose files nobody but this run knows
             raise BadSamples(str(error).replace(str(here), "the given samples")) from None
 
@@ -108,7 +117,7 @@ def _attempt(run: Run) -> Outcome:
 def _saving_stats(run: Run, outcome: Outcome) -> Outcome:
     """Keep what calibration saw, if asked, now that the result has passed."""
     if run.calibration.save_stats is not None:
-        calibrate.save(run.calibration.save_stats, run.seen or {}, Model.load(run.source).digest())
+        calibrate.save(run.calibration.save_stats, run.known.seen or {}, Model.load(run.source).digest())
     return outcome
 
 
@@ -201,7 +210,7 @@ def _verify(run: Run, model: Model, work: Work, stages: dict[str, Path]) -> dict
         str(_reference(run, Model.load(run.source))),
         {stage: str(path) for stage, path in stages.items()},
         samples=str(samples) if samples else None,
-        count=-1 if run.inputs else CALIBRATED if samples else verify.GENERATED,
+        count=-1 if run.inputs else run.count if samples else verify.GENERATED,
         seed=recipe.seed,
         bounds=table_lengths(work.editor),
         integers=["quantized"] if recipe.act_bits is not None else [],
@@ -304,7 +313,8 @@ def survey(source: Source, recipe: Recipe) -> list[dict[str, Any]]:
     """The decisions for each layer, with what they rest on; the model is not touched."""
     model = Model.load(source)
     weights_only = replace(recipe, float=True, act_bits=None, act_ratio=0.0, act_split="static")
-    run = Run(weights_only, source, None, Path(), None, Calibration(), 0.0, lambda stage: None, narrow=False)
+    known = Known(Path())
+    run = Run(weights_only, source, None, Path(), None, Calibration(), 0.0, lambda stage: None, False, known)
     work, declined = decide(run, model)
     rows = layer_rows(work.plans, declined, True)
     for row, plan in zip(rows, work.plans, strict=False):

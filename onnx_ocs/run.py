@@ -31,6 +31,15 @@ class Calibration:
 
 
 @dataclass
+class Known:
+    """What samples tell of a model, for several runs on both."""
+
+    folder: Path  # where moments are kept
+    seen: calibrate.Seen | None = None
+    moments: "dict[str, moments.Stored] | None" = None
+
+
+@dataclass
 class Run:
     """One transformation under way."""
 
@@ -43,11 +52,11 @@ class Run:
     timeout: float
     progress: Progress
     narrow: bool  # whether INT4 and INT2 may be used
+    known: Known
+    count: int = 0  # samples of those for calibration that the result is verified on
     raised: bool = False  # whether the opset was
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
-    seen: calibrate.Seen | None = None
-    moments: "dict[str, moments.Stored] | None" = None
     folded: int = 0  # BatchNormalization nodes
     inside: float = 0.0  # seconds of the stages within the present one, which count as theirs
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from onnx_ocs.search import describe
+
 if TYPE_CHECKING:
     from onnx_ocs.api import CheckOutcome, LintOutcome
 
@@ -89,6 +91,24 @@ def _verified(verification: dict[str, Any] | None) -> list[tuple[str, str]]:
 
 
 _FIGURES = (("sqnr_db", ".1f", "dB SQNR"), ("top1_agreement", ".2%", "top-1 agreement"), ("kl_divergence", ".2g", "KL"))
+
+
+def front(found: dict[str, Any]) -> Table:
+    """The trials of a search that no other beats in size and quality."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("size", "of the source", "SQNR dB", "agreement", "KL", "options"):
+        table.add_column(name, justify="left" if name == "options" else "right", overflow="fold")
+    for trial in found["front"]:
+        agreement, divergence = trial["agreement"], trial["kl_divergence"]
+        table.add_row(
+            _bytes(trial["size"]),
+            f"{trial['size_ratio']:.1%}",
+            "" if trial["sqnr_db"] is None else f"{trial['sqnr_db']:.1f}",
+            "" if agreement is None else f"{agreement:.2%}",
+            "" if divergence is None else f"{divergence:.2g}",
+            describe(trial["options"]),
+        )
+    return table
 
 
 def layers(rows: list[dict[str, Any]]) -> Table:
