@@ -92,6 +92,8 @@ def quantize(
         raise ValueError("stats takes the place of calibrate; give one of them")
     calibration = Calibration(calibrate, _path(stats), _path(save_stats))
     chosen = resolve(options, preset, recipe, calibration.given, calibrate is not None)
+    if chosen.synthetic is not None and calibration.given:
+        raise ValueError("synthetic samples are for want of real ones; leave synthetic out, or calibrate and stats")
     if save_stats is not None and (calibrate is None or not chosen.calibrates):
         raise ValueError("save-stats keeps what calibration sees, and with these options there is none")
     if goal is None and (search_state is not None or front is not None):
@@ -159,16 +161,18 @@ def resolve(
     stored = stored_recipe(Path(recipe)) if isinstance(recipe, str | Path) else recipe
     if stored is not None and isinstance(stored.get("recipe"), dict):
         stored = stored["recipe"]
+    sampled = calibrated if sampled is None else sampled
+    made_up = {**(stored or {}), **given}.get("synthetic") is not None
+    calibrated = calibrated or made_up
     if calibrated and (stored or {}).get("act_bits") is None:
         given.setdefault("act_bits", 8)
     decided = {**(stored or {}), **(PRESETS.get(preset or "", {})), **given}
-    sampled = calibrated if sampled is None else sampled
     if "round" not in decided:
         data = sampled and decided.get("bits", 8) is not None and not decided.get("float", False)
         naive = decided.get("split") == "naive"
         given["round"] = "nearest" if naive else "hessian" if data else "compensated"
     made = Recipe.of(given, preset, stored)
-    if made.needs_moments and not sampled:
+    if made.needs_moments and not sampled and not made_up:
         raise ValueError("round hessian needs samples (--calibrate); --round compensated does without")
     if made.calibrates and not calibrated:
         raise ValueError("act-bits needs samples: give --calibrate or --stats, or scale by batch (--act-split dynamic)")

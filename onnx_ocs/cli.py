@@ -106,6 +106,11 @@ def _transform_parser() -> argparse.ArgumentParser:
         "--tolerance", type=_finite, metavar="X", help="of the split model, relative to each output's peak"
     )
     parser.add_argument("--min-sqnr", type=_finite, metavar="DB", help="what the quantized outputs must exceed")
+    parser.add_argument(
+        "--equalize",
+        action=argparse.BooleanOptionalAction,
+        help="even out the ranges of channels across layers before all else (off)",
+    )
     parser.add_argument("--no-fold-bn", action="store_true", help="leave BatchNormalization nodes as they are")
     _add_target(parser)
     _add_activations(parser)
@@ -241,6 +246,13 @@ def _add_activations(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("activations (float without --calibrate, --stats or --act-bits)")
     group.add_argument(
         "--calibrate", type=Path, metavar="PATH", help="samples to choose their scales by (as for --inputs)"
+    )
+    group.add_argument(
+        "--synthetic",
+        type=int,
+        metavar="N",
+        help="for want of samples, choose them by N made-up ones: noise with the spectrum of natural images where an "
+        "input looks like one",
     )
     group.add_argument("--calibration-samples", type=int, metavar="N", help="how many of them (all)")
     group.add_argument("--batch", type=int, metavar="N", help=f"samples that run at a time ({defaults.batch})")

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from onnx_ocs import calibrate, moments
 from onnx_ocs.graph.contraction import contraction
 from onnx_ocs.graph.editor import Editor
@@ -15,6 +18,7 @@ from onnx_ocs.passes.choose_activation_steps import ChooseActivationSteps
 from onnx_ocs.passes.choose_grid import ChooseGrid
 from onnx_ocs.passes.choose_rounding import ChooseRounding
 from onnx_ocs.passes.choose_steps import ChooseSteps
+from onnx_ocs.passes.equalize_layers import EqualizeLayers
 from onnx_ocs.passes.fold_batch_normalization import FoldBatchNormalization
 from onnx_ocs.passes.place_tensors import PlaceTensors
 from onnx_ocs.passes.plan_activations import UNCOVERED, PlanActivations
@@ -24,6 +28,8 @@ from onnx_ocs.passes.plan_streams import PlanStreams
 from onnx_ocs.passes.select_layers import SelectLayers
 from onnx_ocs.recipe import Recipe
 from onnx_ocs.run import Run
+
+NOT_EVEN = "no ranges could be evened out across layers (--equalize)"
 
 
 def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
@@ -47,7 +53,10 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
     foreseen = predicted(work.editor)
     if recipe.fold_bn and _fold(run, model, work):
         work, declined = _found(run, model, select, blocks)
-    work.predicted = foreseen
+    if recipe.equalize and (factors := _equalize(run, model, work)):
+        work, declined = _found(run, model, select, blocks)
+        foreseen |= {name: foreseen[name].times(some) for name, some in factors.items() if name in foreseen}
+    work.predicted, work.is_real = foreseen, not run.calibration.synthetic
     work.statistics = _statistics(run, model, work) if run.observes else {}
     work.stored = _moments(run, model, work) if run.gathers else {}
     if missing := sum(tensor.observed.key not in work.statistics for tensor in work.tensors):
@@ -125,7 +134,7 @@ def _statistics(run: Run, model: Model, work: Work) -> calibrate.Seen:
     """What calibration sees of the data of the selected layers, or what a file of statistics says."""
     recipe, given = run.recipe, run.calibration
     if run.known.seen is None and given.stats is not None:
-        run.known.seen = calibrate.load(given.stats, Model.load(run.source).digest())
+        run.known.seen = calibrate.load(given.stats, run.mark(Model.load(run.source)))
     if run.known.seen is None and model.opset() >= OPSET:
         layers = [plan.observed for plan in work.plans if plan.observed and not plan.declined]
         found = layers + [plan.observed for plan in work.tensors]
@@ -177,6 +186,16 @@ def _fold(run: Run, model: Model, work: Work) -> int:
         run.folded = folded
         run.notes.append(f"{folded} BatchNormalization {'node was' if folded == 1 else 'nodes were'} folded")
     return folded
+
+
+def _equalize(run: Run, model: Model, work: Work) -> dict[str, NDArray[np.float64]]:
+    """Even out the ranges of channels across the layers that are worked on."""
+    factors = EqualizeLayers().apply(work.editor, [plan.layer for plan in work.plans if not plan.declined])
+    if factors:
+        work.editor.commit()
+        run.equalized = True
+    run.notes.append("the ranges of channels were evened out across layers" if factors else NOT_EVEN)
+    return factors
 
 
 def _found(run: Run, model: Model, select: SelectLayers, blocks: PlanBlocks) -> tuple[Work, list[Declined]]:

@@ -29,6 +29,7 @@ from onnx_ocs.passes.widen_makers import WidenMakers
 from onnx_ocs.recipe import Recipe
 from onnx_ocs.report import layer_rows, overhead, stage_summary
 from onnx_ocs.run import Calibration, Known, Progress, Run, Source
+from onnx_ocs.synthetic import make_samples
 
 CALIBRATED = 64
 """Samples of those for calibration that the result is verified on, where no others are given."""
@@ -40,6 +41,8 @@ SATURATES = (
     "on this CPU onnxruntime's 8-bit integer kernels saturate: {:.1f} dB SQNR by default; the figures are those "
     "without them; the session's configuration entry session.x64quantprecision = 1, or weights of 7 bits, avoid it"
 )
+
+SYNTHETIC = "calibrated on {} synthetic samples (--synthetic): ranges of real data may differ"
 
 TOLERANCES: dict[int, float] = {
     onnx.TensorProto.DOUBLE: 1e-4,  # outputs are mostly float32 all the same
@@ -89,6 +92,8 @@ def transform(
             if calibration.samples is not None:
                 path = stored(calibration.samples, here, recipe.calibration_samples)
                 calibration = replace(calibration, samples=path)
+            elif recipe.synthetic is not None and calibration.stats is None:
+                calibration = replace(calibration, samples=_synthetic(source, recipe, folder, timeout), synthetic=True)
             narrow = recipe.container == "auto"
             known = known or Known(folder)
             return _attempt(
@@ -98,8 +103,21 @@ def transform(
             raise BadSamples(str(error).replace(str(here), "the given samples")) from None
 
 
+def _synthetic(source: Source, recipe: Recipe, folder: Path, timeout: float) -> Path:
+    """Samples that are made up."""
+    model = Model.load(source)
+    path = Path(source) if not isinstance(source, onnx.ModelProto) else folder / "made_up_for.onnx"
+    if isinstance(source, onnx.ModelProto):
+        model.save(path)
+    assert recipe.synthetic is not None
+    bounds = table_lengths(Editor(model))
+    return make_samples(path, model.name, folder / "synthetic", recipe.synthetic, recipe.seed, bounds, timeout)
+
+
 def _attempt(run: Run) -> Outcome:
     """With the narrowest integers first, and with INT8 if the result does not pass."""
+    if run.calibration.synthetic:
+        run.notes.append(SYNTHETIC.format(run.recipe.synthetic))
     if run.calibration.given and not (run.observes or run.gathers):
         run.notes.append("no statistics of activations are needed with these options; none were gathered or used")
     try:
@@ -117,7 +135,7 @@ def _attempt(run: Run) -> Outcome:
 def _saving_stats(run: Run, outcome: Outcome) -> Outcome:
     """Keep what calibration saw, if asked, now that the result has passed."""
     if run.calibration.save_stats is not None:
-        calibrate.save(run.calibration.save_stats, run.known.seen or {}, Model.load(run.source).digest())
+        calibrate.save(run.calibration.save_stats, run.known.seen or {}, run.mark(Model.load(run.source)))
     return outcome
 
 
@@ -142,7 +160,7 @@ def _transform(run: Run) -> Outcome:
         work.plans = SplitChannels(aware=aware and recipe.bits is not None, aware_data=aware).apply(work)
         work.plans = SplitByBatch(aware=aware).apply(work)
         work.editor.commit()
-        changed = run.raised or run.folded or any(plan.expanded > plan.channels for plan in work.plans)
+        changed = run.raised or run.folded or run.equalized or any(plan.expanded > plan.channels for plan in work.plans)
         if recipe.verify and not recipe.float and changed:
             stages["split"] = run.folder / "split.onnx"
             model.save(stages["split"])
@@ -226,7 +244,7 @@ def _verify(run: Run, model: Model, work: Work, stages: dict[str, Path]) -> dict
         )
     found: dict[str, Any] = {
         "samples": comparison.samples,
-        "generated": comparison.generated,
+        "generated": comparison.generated or (run.calibration.synthetic and not run.inputs),
         "deterministic": comparison.deterministic,
     }
     tolerance = recipe.tolerance or _tolerance(work)

@@ -89,7 +89,9 @@ class Recipe:
     calibration_samples: int | None = None
     batch: int = BATCH
     calibration_stride: int = STRIDE
+    synthetic: int | None = None
     fold_bn: bool = True
+    equalize: bool = False
     fold: str = "auto"
     align: int | str = "auto"
     max_expand: Number = 0.25
@@ -154,7 +156,7 @@ class Recipe:
         for name in ("ratio", "act_ratio", "max_expand"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{_option(name)} must be from 0 to 1, not {getattr(self, name)}")
-        for name in ("calibration_samples", "batch", "calibration_stride"):
+        for name in ("synthetic", "calibration_samples", "batch", "calibration_stride"):
             value = getattr(self, name)
             if value is not None and not _is_whole(value, 1):
                 raise ValueError(f"{_option(name)} must be a whole number of at least 1, not {value}")

@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx
 
 from onnx_ocs import calibrate, moments
+from onnx_ocs.graph.model import Model
 from onnx_ocs.graph.samples import Samples
 from onnx_ocs.recipe import Recipe
 
@@ -23,6 +24,7 @@ class Calibration:
     samples: Samples | None = None
     stats: Path | None = None  # a file of statistics to read
     save_stats: Path | None = None  # where to write them
+    synthetic: bool = False  # the samples are made up
 
     @property
     def given(self) -> bool:
@@ -58,6 +60,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     folded: int = 0  # BatchNormalization nodes
+    equalized: bool = False
     inside: float = 0.0  # seconds of the stages within the present one, which count as theirs
 
     @property
@@ -68,7 +71,12 @@ class Run:
     @property
     def gathers(self) -> bool:
         """Whether moments of the data of layers are: to round weights, or for what biases make up for."""
-        return (self.recipe.needs_moments or self.recipe.corrects) and self.calibration.samples is not None
+        corrects = self.recipe.corrects and not self.calibration.synthetic
+        return (self.recipe.needs_moments or corrects) and self.calibration.samples is not None
+
+    def mark(self, model: Model) -> str:
+        """By which statistics of the source are known again: ranges are others once they were evened out."""
+        return model.digest() + (" equalized" if self.recipe.equalize else "")
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:

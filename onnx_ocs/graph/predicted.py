@@ -32,6 +32,18 @@ class Predicted:
     parts: tuple[Normalized, ...] = ()  # whose channels stand behind each other; none: nothing but the sign
     nonnegative: bool = False
 
+    def times(self, factors: NDArray[np.float64]) -> "Predicted":
+        """Of the tensor with its channels multiplied by positive factors, (C,)."""
+        made, start = [], 0
+        for part in self.parts:
+            some = factors[start : start + len(part.mean)]
+            start += len(part.mean)
+            bounded = any(bound and np.isfinite(bound) for bound in (part.low, part.high))
+            if bounded or len(some) < len(part.mean):
+                return Predicted((), self.nonnegative)
+            made.append(Normalized(part.mean * some, part.variance * np.square(some), part.low, part.high))
+        return Predicted(tuple(made), self.nonnegative)
+
 
 Rule = Callable[[Place, list[Predicted]], Predicted | None]
 RULES: dict[str, Rule] = {}

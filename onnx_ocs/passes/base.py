@@ -194,6 +194,7 @@ class Work:
     statistics: Mapping[str, Statistics] = field(default_factory=dict)  # of the data of layers, by Observed.key
     stored: Mapping[str, StoredMoments] = field(default_factory=dict)  # by Contraction.key
     predicted: Mapping[str, Predicted] = field(default_factory=dict)  # by tensor
+    is_real: bool = True  # what statistics and moments are of, and not made up
     _task: tuple[Any, Task] | None = None
 
     def values(self, plan: LayerPlan) -> NDArray[Any]:
@@ -226,7 +227,7 @@ class Work:
 
     def mean(self, plan: LayerPlan) -> NDArray[np.float64] | None:
         """(groups, n), E of the data that :meth:`values` are multiplied by; None where it is not known."""
-        if (moments := self.moments(plan)) is not None:
+        if self.is_real and (moments := self.moments(plan)) is not None:
             return moments.mean
         known = self._known(plan)
         return None if known is None else known.mean
@@ -242,14 +243,14 @@ class Work:
         axes, shape = plan.axes, self.values(plan).shape
         inputs = shape[axes.input] // (axes.groups if axes.groups_on_input else 1)
         inner = math.prod(shape) // (shape[axes.input] * shape[axes.output or 0]) if axes.kernel else 1
-        sign = self.predicted.get(plan.layer.data.name) if plan.contraction is not None else None
+        sign = self.predicted.get(plan.contraction.tensor) if plan.contraction is not None else None
         return assumed(axes.groups, inputs * inner, sign is not None and sign.nonnegative)
 
     def _known(self, plan: LayerPlan) -> Inputs | None:
         """By the statistics of each channel, or by the graph."""
         if plan.contraction is None or (plan.static_extra != plan.extra and plan.stream is not None):
             return None
-        found = self.statistics.get(plan.observed.key) if plan.observed is not None else None
+        found = self.statistics.get(plan.observed.key) if plan.observed is not None and self.is_real else None
         if found is not None:
             mean, variance = found.mean, np.maximum(found.square - np.square(found.mean), 0)
         elif (foreseen := self._foreseen(plan)) is not None:
@@ -267,8 +268,10 @@ class Work:
 
     def _foreseen(self, plan: LayerPlan) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
         """(C,) each, mean and variance by the normalizations in front of the layer."""
-        layer, known = plan.layer, self.predicted.get(plan.layer.data.name)
-        rank = len(layer.weight.shape) if layer.node.op != "MatMul" else self.editor.ranks.get(layer.data.name)
+        assert plan.contraction is not None
+        layer, tensor = plan.layer, plan.contraction.tensor
+        known = self.predicted.get(tensor)
+        rank = len(layer.weight.shape) if layer.node.op != "MatMul" else self.editor.ranks.get(tensor)
         if known is None or not known.parts or rank is None or layer.data_axis != 1 - rank:
             return None
         parts = [clipped_normal(part.mean, part.variance, part.low, part.high) for part in known.parts]
