@@ -104,7 +104,7 @@ def quantize(
                 pass  # it can be written, so that no model is written without it
     found = None
     if goal is not None:
-        _check_search(chosen)
+        check_searched(chosen)
         kept = {**PRESETS.get(preset or "", {}), **options}
         asked = source, chosen, kept, goal, _path(inputs), calibration, timeout, progress
         found = reach(*asked, _path(search_state), _path(front))
@@ -124,7 +124,12 @@ def quantize(
     return Result(outcome.report, outcome.path, outcome.model)
 
 
-def _check_search(recipe: Recipe) -> None:
+def check_searched(recipe: Recipe) -> None:
+    """Refuse options under which no goal can be searched for.
+
+    Raises:
+        ValueError: why not.
+    """
     if recipe.float or recipe.bits is None:
         raise ValueError("a goal is searched for by the bits of weights, which stay float with these options")
     if not recipe.verify:

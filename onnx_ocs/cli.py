@@ -251,8 +251,8 @@ def _add_activations(parser: argparse.ArgumentParser) -> None:
         "--synthetic",
         type=int,
         metavar="N",
-        help="for want of samples, choose them by N made-up ones: noise with the spectrum of natural images where an "
-        "input looks like one",
+        help="for want of samples, choose them by N made-up ones: pictures with the statistics of natural images where "
+        "an input looks like one",
     )
     group.add_argument("--calibration-samples", type=int, metavar="N", help="how many of them (all)")
     group.add_argument("--batch", type=int, metavar="N", help=f"samples that run at a time ({defaults.batch})")
@@ -431,7 +431,14 @@ def _transform(options: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     calibrated = samples["calibrate"] is not None or samples["stats"] is not None
     if goal is not None and "bits" in given:
         parser.error("a goal chooses the bits; give --search-bits in place of --bits")
+    if goal is None and any(kept.values()):
+        parser.error("--search-state and --front are of the search for a goal; give one (--target-agreement, ...)")
     recipe = _resolve(dict(given), parser, calibrated, samples["calibrate"] is not None)
+    if goal is not None:
+        try:
+            api.check_searched(Recipe.of(recipe))
+        except ValueError as error:
+            parser.error(str(error))
     if samples["save_stats"] is not None and not Recipe.of(recipe).calibrates:
         parser.error("--save-stats keeps what calibration sees, and with these options there is none")
     with _progress(quiet) as progress:

@@ -1,4 +1,4 @@
-"""Samples made of nothing but the inputs of a model: images by their spectrum, others as verification has them."""
+"""Samples made of nothing but the inputs of a model: images of fallen leaves, others as verification has them."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -21,5 +21,6 @@ def equalizing(made: NDArray[np.floating], read: NDArray[np.floating]) -> NDArra
     """
     factors = np.ones(len(made))
     known = (made > 0) & (read > 0)
-    factors[known] = np.sqrt(made[known].astype(np.float64) / read[known])
-    return np.asarray(2.0 ** np.round(np.log2(np.clip(factors, 1 / MOST, MOST))))
+    octaves = np.log2(made[known].astype(np.float64)) - np.log2(read[known].astype(np.float64))
+    factors[known] = np.exp2(np.round(np.clip(octaves / 2, -np.log2(MOST), np.log2(MOST))))
+    return factors
