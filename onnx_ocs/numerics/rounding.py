@@ -76,7 +76,8 @@ def compensated(rows: Rows) -> Integers:
     made = to_nearest(rows)
     error = made - rows.values / rows.step
     sums = error.sum(axis=2)
-    _compensate_kernels(made, error, sums, rows.limit)
+    if rows.values.shape[2] > 1:  # of one weight by itself the nearest integer is the best
+        _compensate_kernels(made, error, sums, rows.limit)
     _compensate_outputs(rows, made, error, sums)
     return made
 
@@ -84,17 +85,19 @@ def compensated(rows: Rows) -> Integers:
 def _compensate_kernels(
     made: Integers, error: NDArray[np.float64], sums: NDArray[np.float64], limit: NDArray[np.int64]
 ) -> None:
-    left = np.maximum(np.ceil(np.abs(sums) - 0.5), 0).astype(np.int64)  # steps that a sum has too many
-    while (at := np.nonzero(left))[0].size:
-        sign = np.sign(sums[at])
-        most, place = _movable(made[at], error[at], sign, limit[at[1]])
+    made, error, total = made.reshape(-1, made.shape[2]), error.reshape(-1, error.shape[2]), sums.reshape(-1)  # views
+    at = np.flatnonzero(np.abs(total) > 0.5)
+    left = np.ceil(np.abs(total[at]) - 0.5)  # steps that a sum has too many
+    while at.size:
+        sign = np.sign(total[at])
+        most, place = _movable(made[at], error[at], sign, limit[at % len(limit)])
         moved = most > 0
-        at, place, sign = (at[0][moved], at[1][moved]), place[moved], sign[moved]
-        made[(*at, place)] -= sign
-        error[(*at, place)] -= sign
-        sums[at] -= sign
-        before, left = left, np.zeros_like(left)
-        left[at] = before[at] - 1
+        at, place, sign, left = at[moved], place[moved], sign[moved], left[moved]
+        made[at, place] -= sign
+        error[at, place] -= sign
+        total[at] -= sign
+        left -= 1
+        at, left = at[left > 0], left[left > 0]
 
 
 def _movable(
@@ -114,13 +117,27 @@ def _compensate_outputs(rows: Rows, made: Integers, error: NDArray[np.float64], 
     step = np.broadcast_to(rows.step, rows.values.shape)[:, :, 0].astype(np.float64)
     total = (sums * step).sum(axis=1)
     sign = np.sign(total)
-    order = np.argsort(-sums * sign[:, None], axis=1, kind="stable")
+    smallest = np.maximum(step.min(axis=1), np.finfo(np.float64).tiny)
+    number = int(min(step.shape[1], np.ceil(np.abs(total) / smallest).max(initial=0)))  # kernels of a row that may move
+    if not number:
+        return
+    order = _largest_first(sums * sign[:, None], number)
     moves = np.take_along_axis(step, order, axis=1)
     row, rank = np.nonzero(np.cumsum(moves, axis=1) - moves / 2 < np.abs(total)[:, None])
     kernel = order[row, rank]
     most, place = _movable(made[row, kernel], error[row, kernel], sign[row], rows.limit[kernel])
     moved = most > 0
     made[row[moved], kernel[moved], place[moved]] -= sign[row[moved]]
+
+
+def _largest_first(values: NDArray[np.float64], number: int) -> NDArray[np.int64]:
+    """(O, number), where the largest values of each row are; equal ones in their order."""
+    if number < values.shape[1]:
+        some = np.sort(np.argpartition(values, -number, axis=1)[:, -number:], axis=1)
+    else:
+        some = np.broadcast_to(np.arange(number), values.shape)
+    order = np.argsort(-np.take_along_axis(values, some, axis=1), axis=1, kind="stable")
+    return np.asarray(np.take_along_axis(some, order, axis=1))
 
 
 @dataclass(frozen=True, eq=False)
