@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from networks import Network, add_options, compare, networks, outputs
 from numpy.typing import NDArray
-from peers import Apart, NotPossible, Quantizer, free_data, shortened, widths
+from peers import FLOAT, Apart, NotPossible, Quantizer, data_pairs, free_data, shortened, widths
 
 from onnx_ocs import quantize
 
@@ -86,9 +87,14 @@ def scores_by(peer: Quantizer, network: Network, bits: int, data: bool) -> tuple
         found = widths(made)
         narrow = sum(width <= (4 if bits <= 4 else 8) for width in found)
         if not narrow:
-            raise NotPossible(f"all of its {len(found)} layers keep at least {min(found)} bits")
+            left = "float" if min(found) == FLOAT else f"at {min(found)} bits or more"
+            raise NotPossible(f"it leaves all {len(found)} layers {left}")
         remarks = [f"{narrow} of {len(found)} layers"] if narrow < len(found) else []
-        if not data and free_data(made):
+        on_integers = bool(data_pairs(onnx.load(made)))
+        if data and not on_integers:
+            remarks.append("float data")
+        elif on_integers and not data:
+            free_data(made)
             remarks.append("Q/DQ of data taken out")
         try:
             return outputs(made, network.images, exact=True), remarks

@@ -25,6 +25,9 @@ WIDTHS = {
     if hasattr(onnx.TensorProto, f"{sign}INT{bits}")
 }
 
+FLOAT = 32
+"""The width of float weights."""
+
 
 class Images(CalibrationDataReader):
     """Calibration images, one at a time."""
@@ -115,14 +118,14 @@ class Apart(Quantizer):
 
 
 def shortened(message: str, most: int = 160) -> str:
-    """A message as a cell of a table: its last sentence of several lines of a runtime, no bars, not too long."""
+    """A message as a cell of a table: one line, no bars, not too long."""
     text = " ".join(message.split()).replace("|", "/")
-    text = re.sub(r"^.*Status Message: \S+ .*? was false\. ", "", text)  # onnxruntime says where in its source first
+    text = re.sub(r"\[ONNXRuntimeError\].* was false\. ", "", text)  # onnxruntime says where in its source first
     return text if len(text) <= most else f"{text[:most].rsplit(' ', 1)[0]} ..."
 
 
 def widths(path: Path) -> list[int]:
-    """Of the constant weights of each Conv, ConvTranspose, Gemm and MatMul, in bits; 32 where they are float."""
+    """Of the constant weights of each Conv, ConvTranspose, Gemm and MatMul, in bits."""
     graph = onnx.load(path).graph
     types = {constant.name: constant.data_type for constant in graph.initializer}
     makers = {name: node for node in graph.node for name in node.output}
@@ -130,12 +133,12 @@ def widths(path: Path) -> list[int]:
     def width(name: str) -> int | None:
         """None where the tensor is no constant."""
         if name in types:
-            return WIDTHS.get(types[name], 32)
+            return WIDTHS.get(types[name], FLOAT)
         node = makers.get(name)
         if node is None:
             return None
         if node.op_type == "Constant":
-            return 32
+            return FLOAT
         if node.op_type == "QuantizeLinear":
             return width(node.input[0]) and width(node.input[2])
         if node.op_type in ("DequantizeLinear", "Transpose", "Reshape", "Cast", "Identity"):
@@ -146,20 +149,21 @@ def widths(path: Path) -> list[int]:
     return [bits for bits in found if bits is not None]
 
 
-def free_data(path: Path) -> int:
-    """Take the pairs of QuantizeLinear and DequantizeLinear at data out of a model, and return their number.
-
-    What is left has the weights (and biases) of the quantized model, and float data.
-    """
-    model = onnx.load(path)
+def data_pairs(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, str]]:
+    """Each DequantizeLinear at data, and the tensor in front of its QuantizeLinear."""
     constants = {constant.name for constant in model.graph.initializer}
     rounded = {
         node.output[0]: node.input[0]
         for node in model.graph.node
         if node.op_type == "QuantizeLinear" and node.input[0] not in constants
     }
-    pairs = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in rounded]
-    for node in pairs:
-        node.CopyFrom(onnx.helper.make_node("Identity", [rounded[node.input[0]]], node.output))
+    readers = (node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in rounded)
+    return [(node, rounded[node.input[0]]) for node in readers]
+
+
+def free_data(path: Path) -> None:
+    """Take QuantizeLinear and DequantizeLinear at data out of a model: its weights and biases stay as they are."""
+    model = onnx.load(path)
+    for node, source in data_pairs(model):
+        node.CopyFrom(onnx.helper.make_node("Identity", [source], node.output))
     onnx.save(model, path)
-    return len(pairs)
