@@ -46,6 +46,10 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "no data, ratio 0.05": [{"ratio": 0.05}],
     "samples, ratio 0": [{"ratio": 0, "calibrate": True}],
     "samples, ratio 0.05": [{"ratio": 0.05, "calibrate": True}],
+    "no data, ratio 0.05, knapsack": [{"ratio": 0.05, "allocate": "knapsack"}],
+    "no data, ratio 0.05, sensitivity": [{"ratio": 0.05, "allocate": "sensitivity"}],
+    "no data, ratio 0.05, joint": [{"ratio": 0.05, "plan": "joint"}],
+    "samples, ratio 0.05, sensitivity": [{"ratio": 0.05, "allocate": "sensitivity", "calibrate": True}],
 }
 """With float activations; of several options the better ones."""
 
@@ -55,6 +59,8 @@ WITH_DATA: dict[str, list[dict[str, Any]]] = {
     "samples, ratio 0, target ort": [{"ratio": 0, "calibrate": True, "act_bits": 8, "target": "ort"}],
 }
 """With activations of 8 bits."""
+
+DEFAULTS = ("no data, ratio 0", "no data, ratio 0.05", "samples, ratio 0", "samples, ratio 0.05")
 
 OTHERS = ("max", "mse", "paper")
 
@@ -130,7 +136,7 @@ def lower_end(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
 def losses(network: Network, reference: Scores, found: dict[tuple[str, int], Scores]) -> Iterator[str]:
     """Where a default is worse than one of the others."""
     for (name, bits), ours in found.items():
-        for other in OTHERS if name not in OTHERS and bits >= NARROWEST else ():
+        for other in OTHERS if name in DEFAULTS and bits >= NARROWEST else ():
             first, second = agreeing(reference, ours), agreeing(reference, found[other, bits])
             if (low := lower_end(first, second)) < -MARGIN:
                 mean = first.mean() - second.mean()
