@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.hints import table_lengths
 from onnx_ocs.graph.model import Model
 from onnx_ocs.graph.samples import Samples
-from onnx_ocs.reach import SAMPLES, reach
+from onnx_ocs.reach import reach
 from onnx_ocs.recipe import PRESETS, Recipe, stored_recipe
 from onnx_ocs.rules import LayerKernel, find_violations
 from onnx_ocs.rules.base import Finding
-from onnx_ocs.run import Calibration, Source
+from onnx_ocs.run import Calibration, Source, on_disk
 from onnx_ocs.search import Goal
 from onnx_ocs.targets import TARGETS
 
@@ -102,23 +102,13 @@ def quantize(
         if beside is not None:
             with files.workplace(Path(beside)):
                 pass  # it can be written, so that no model is written without it
-    found = None
-    if goal is not None:
+    asked = source, _path(destination), chosen, _path(inputs), calibration, timeout, progress
+    if goal is None:
+        outcome = pipeline.transform(*asked)
+    else:
         check_searched(chosen)
         kept = {**PRESETS.get(preset or "", {}), **options}
-        asked = source, chosen, kept, goal, _path(inputs), calibration, timeout, progress
-        found = reach(*asked, _path(search_state), _path(front))
-        chosen = found.recipe
-    count = pipeline.CALIBRATED if found is None else SAMPLES
-    outcome = pipeline.transform(
-        source, _path(destination), chosen, _path(inputs), calibration, timeout, progress, count=count
-    )
-    if found is not None:
-        outcome.report["search"] = {
-            "goal": asdict(goal) if goal else None,
-            "trials": found.trials,
-            "front": [asdict(trial) for trial in found.front],
-        }
+        outcome = reach(*asked, goal, kept, _path(search_state), _path(front))
     if report is not None:
         write_json(Path(report), outcome.report)
     return Result(outcome.report, outcome.path, outcome.model)
@@ -224,8 +214,8 @@ def check(
     with files.workplace(None) as folder:
         first, second = Model.load(reference), Model.load(candidate)
         request = verify.Request(
-            str(_on_disk(reference, first, folder / "reference.onnx")),
-            {"candidate": str(_on_disk(candidate, second, folder / "candidate.onnx"))},
+            str(on_disk(reference, first, folder / "reference.onnx")),
+            {"candidate": str(on_disk(candidate, second, folder / "candidate.onnx"))},
             samples=None if inputs is None else str(inputs),
             count=samples if samples is not None else verify.GENERATED if inputs is None else -1,
             seed=seed,
@@ -332,10 +322,3 @@ def _runs_on_integers(model: Model) -> bool:
 
 def _path(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path)
-
-
-def _on_disk(source: Source, model: Model, path: Path) -> Path:
-    if not isinstance(source, onnx.ModelProto):
-        return Path(source)
-    model.save(path)
-    return path

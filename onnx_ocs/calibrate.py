@@ -24,7 +24,7 @@ from onnx_ocs.graph import files
 from onnx_ocs.graph.model import Model
 from onnx_ocs.graph.observe import HIGH, LOW, MEAN, START, Observed, observing, size, taken
 from onnx_ocs.graph.samples import Batch, Feed, read_samples
-from onnx_ocs.graph.session import Session
+from onnx_ocs.graph.session import Session, run_samples
 from onnx_ocs.numerics.statistics import Recorder, Statistics
 
 STRIDE = 31
@@ -177,10 +177,7 @@ def _taken(found: Feed, index: int, tensor: Observed) -> tuple[int, NDArray[np.f
 
 
 def _run(session: Session, batch: Batch, start: int, request: Request) -> dict[str, NDArray[Any]]:
-    try:
-        return session.run({**batch.feed, START: np.array([start], np.int64)})
-    except RuntimeFailed as error:
-        raise BadSamples(f"{request.name}: the model fails on these samples ({error}); check them") from None
+    return run_samples(session, {**batch.feed, START: np.array([start], np.int64)}, request.name)
 
 
 def _place(session: Session, batch: Batch, first: int, tensors: list[Observed], request: Request) -> str:

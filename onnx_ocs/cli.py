@@ -171,6 +171,21 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="weights of MatMul and Gemm: a scale for each N input channels and each output channel, or none (none)",
     )
+    _add_splitting(parser)
+    parser.add_argument("--preset", choices=tuple(PRESETS), default=None, help="paper: as Zhao et al. ran it")
+    parser.add_argument("--only", action="append", metavar="REGEX", help="only the nodes of these names; repeatable")
+    parser.add_argument("--skip", action="append", metavar="REGEX", help="not the nodes of these names; repeatable")
+    parser.add_argument("--quantize-ops", type=_words, metavar="OP,...", help="only these operators (Conv,Gemm,...)")
+    parser.add_argument(
+        "--first",
+        choices=CHOICES["first"],
+        help=f"layers that read a graph input of 4 channels or fewer ({defaults.first})",
+    )
+
+
+def _add_splitting(parser: argparse.ArgumentParser) -> None:
+    """Options of where copies go, and of single layers."""
+    defaults = Recipe()
     parser.add_argument("--split", choices=CHOICES["split"], help=f"how a channel is split ({defaults.split})")
     parser.add_argument(
         "--split-policy", choices=CHOICES["split_policy"], help=f"repeated splits ({defaults.split_policy})"
@@ -197,15 +212,6 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="REGEX:NAME=VALUE,...",
         help=f"options of the nodes of these names: {', '.join(OVERRIDES)}; repeatable, later ones hold",
-    )
-    parser.add_argument("--preset", choices=tuple(PRESETS), default=None, help="paper: as Zhao et al. ran it")
-    parser.add_argument("--only", action="append", metavar="REGEX", help="only the nodes of these names; repeatable")
-    parser.add_argument("--skip", action="append", metavar="REGEX", help="not the nodes of these names; repeatable")
-    parser.add_argument("--quantize-ops", type=_words, metavar="OP,...", help="only these operators (Conv,Gemm,...)")
-    parser.add_argument(
-        "--first",
-        choices=CHOICES["first"],
-        help=f"layers that read a graph input of 4 channels or fewer ({defaults.first})",
     )
 
 

@@ -82,7 +82,6 @@ def _steps(recipe: Recipe, grid: ChooseGrid, placed: bool) -> list[Pass]:
     weights = recipe.bits is not None or recipe.float
     ratio = max(recipe.ratio, recipe.act_ratio, *(float(given.get("ratio", 0)) for _, given in recipe.overrides))
     limits = recipe.multiples, recipe.max_expand
-    thresholds = recipe.clip, recipe.safe, recipe.split == "qa"
     return [
         PlanActivations(acts, recipe.act_ratio, dynamic, recipe.act_unsigned, recipe.rules.unsigned, recipe.first),
         *([grid] if weights else []),
@@ -100,7 +99,7 @@ def _steps(recipe: Recipe, grid: ChooseGrid, placed: bool) -> list[Pass]:
             objective=recipe.objective if recipe.plan == "joint" else None,
             allocation=recipe.allocate,
         ),
-        *([ChooseSteps(*thresholds)] if weights else []),
+        *([ChooseSteps(recipe.clip, recipe.safe, recipe.split == "qa")] if weights else []),
     ]
 
 

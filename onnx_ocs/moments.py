@@ -21,7 +21,7 @@ from onnx_ocs.errors import BadSamples, RuntimeFailed, UnsupportedModel
 from onnx_ocs.graph.contraction import Contraction
 from onnx_ocs.graph.model import Model
 from onnx_ocs.graph.samples import read_samples
-from onnx_ocs.graph.session import Session
+from onnx_ocs.graph.session import Session, run_samples
 from onnx_ocs.numerics.moments import MomentRecorder, Moments, Window, rows_of
 
 LARGEST = 8192
@@ -142,10 +142,7 @@ def observe(request: Request, say: child.Report) -> dict[str, Any]:
     recorders = [MomentRecorder(layer.groups, layer.inputs, request.second) for layer in layers]
     for batch in read_samples(Path(request.samples), session.inputs, request.batch, request.limit):
         say(f"gathering second moments of {request.name}")
-        try:
-            found = session.run(batch.feed)
-        except RuntimeFailed as error:
-            raise BadSamples(f"{request.name}: the model fails on these samples ({error}); check them") from None
+        found = run_samples(session, batch.feed, request.name)
         for layer, recorder in zip(layers, recorders, strict=True):
             values = found[_exposed(layer.tensor)]
             if not math.isfinite(float(values.sum(dtype=np.float64))):

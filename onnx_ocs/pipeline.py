@@ -1,6 +1,8 @@
 """From a source to a target: load, find layers, decide, split, quantize, verify, save, report."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from onnx_ocs.passes.split_channels import SplitChannels
 from onnx_ocs.passes.widen_makers import WidenMakers
 from onnx_ocs.recipe import Recipe
 from onnx_ocs.report import layer_rows, overhead, stage_summary
-from onnx_ocs.run import Calibration, Known, Progress, Run, Source
+from onnx_ocs.run import Calibration, Known, Progress, Run, Source, on_disk
 from onnx_ocs.synthetic import make_samples
 
 CALIBRATED = 64
@@ -86,32 +88,28 @@ def transform(
     Raises:
         OcsError: the model or the samples cannot be used, or the result is not what it has to be; nothing is written.
     """
-    with files.workplace(target) as folder:
-        here = folder / "samples"
-        try:
-            if calibration.samples is not None:
-                path = stored(calibration.samples, here, recipe.calibration_samples)
-                calibration = replace(calibration, samples=path)
-            elif recipe.synthetic is not None and calibration.stats is None:
-                calibration = replace(calibration, samples=_synthetic(source, recipe, folder, timeout), synthetic=True)
-            narrow = recipe.container == "auto"
-            known = known or Known(folder)
-            return _attempt(
-                Run(recipe, source, target, folder, inputs, calibration, timeout, progress, narrow, known, count)
-            )
-        except BadSamples as error:  # of arrays, whose files nobody but this run knows
-            raise BadSamples(str(error).replace(str(here), "the given samples")) from None
+    with files.workplace(target) as folder, samples_at_hand(source, recipe, calibration, folder, timeout) as held:
+        known, narrow = known or Known(folder), recipe.container == "auto"
+        return _attempt(Run(recipe, source, target, folder, inputs, held, timeout, progress, narrow, known, count))
 
 
-def _synthetic(source: Source, recipe: Recipe, folder: Path, timeout: float) -> Path:
-    """Samples that are made up."""
-    model = Model.load(source)
-    path = Path(source) if not isinstance(source, onnx.ModelProto) else folder / "made_up_for.onnx"
-    if isinstance(source, onnx.ModelProto):
-        model.save(path)
-    assert recipe.synthetic is not None
-    bounds = table_lengths(Editor(model))
-    return make_samples(path, model.name, folder / "synthetic", recipe.synthetic, recipe.seed, bounds, timeout)
+@contextlib.contextmanager
+def samples_at_hand(
+    source: Source, recipe: Recipe, calibration: Calibration, folder: Path, timeout: float
+) -> Iterator[Calibration]:
+    """The calibration with its samples as files: those that were given, or those that are made up."""
+    here = folder / "samples"
+    try:
+        if calibration.samples is not None:
+            calibration = replace(calibration, samples=stored(calibration.samples, here, recipe.calibration_samples))
+        elif recipe.synthetic is not None and calibration.stats is None:
+            model = Model.load(source)
+            path, bounds = on_disk(source, model, folder / "source.onnx"), table_lengths(Editor(model))
+            made = make_samples(path, model.name, here, recipe.synthetic, recipe.seed, bounds, timeout)
+            calibration = replace(calibration, samples=made, synthetic=True)
+        yield calibration
+    except BadSamples as error:  # of arrays, whose files nobody but this run knows
+        raise BadSamples(str(error).replace(str(here), "the given samples")) from None
 
 
 def _attempt(run: Run) -> Outcome:
@@ -200,7 +198,7 @@ def _check_structure(run: Run, model: Model) -> None:
         onnx.checker.check_model(model.bare())
     except (onnx.checker.ValidationError, ValueError, TypeError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0][:200]
-        if not verify.loads(_reference(run, model)):
+        if not verify.loads(on_disk(run.source, model, run.folder / "source.onnx")):
             raise UnsupportedModel(
                 f"{model.name}: neither onnx's checker ({reason}) nor onnxruntime accepts it; repair or export it again"
             ) from None
@@ -225,7 +223,7 @@ def _verify(run: Run, model: Model, work: Work, stages: dict[str, Path]) -> dict
     recipe = run.recipe
     samples = run.inputs or run.calibration.samples
     request = verify.Request(
-        str(_reference(run, Model.load(run.source))),
+        str(on_disk(run.source, Model.load(run.source), run.folder / "source.onnx")),
         {stage: str(path) for stage, path in stages.items()},
         samples=str(samples) if samples else None,
         count=-1 if run.inputs else run.count if samples else verify.GENERATED,
@@ -284,16 +282,6 @@ def _prove(run: Run, work: Work) -> None:
                     f"the copies of the weight of {plan.layer.name!r} do not sum to it (error {error:.2g}); "
                     "nothing was written"
                 )
-
-
-def _reference(run: Run, model: Model) -> Path:
-    """A file with the source, which onnxruntime can read."""
-    if isinstance(run.source, onnx.ModelProto):
-        path = run.folder / "source.onnx"
-        if not path.exists():
-            model.save(path)
-        return path
-    return Path(run.source)
 
 
 def _finish(

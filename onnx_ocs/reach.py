@@ -2,8 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +12,30 @@ from onnx_ocs.decide import decide
 from onnx_ocs.errors import UnsupportedModel
 from onnx_ocs.graph import files
 from onnx_ocs.graph.model import Model
-from onnx_ocs.graph.samples import stored
 from onnx_ocs.numerics.planning import noise_to_signal
 from onnx_ocs.numerics.weights import grouped
 from onnx_ocs.recipe import Recipe
 from onnx_ocs.run import Calibration, Known, Progress, Run, Source
-from onnx_ocs.search import Goal, LayerCost, Search, Trial, measured, read_trials, write_front, write_trials
+from onnx_ocs.search import Goal, LayerCost, Search, measured, read_trials, write_front, write_trials
 
 SAMPLES = 512
 """On which a trial is measured, of those for calibration, where no others are given."""
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a search came to."""
-
-    recipe: Recipe
-    trials: int
-    front: list[Trial]  # that no other trial beats in size and quality
-
-
 def reach(
     source: Source,
+    target: Path | None,
     recipe: Recipe,
-    given: Mapping[str, Any],
-    goal: Goal,
     inputs: Path | None,
     calibration: Calibration,
     timeout: float,
     progress: Progress,
+    goal: Goal,
+    given: Collection[str],
     state: Path | None = None,
     front: Path | None = None,
-) -> Found:
-    """Search for the recipe that reaches ``goal``.
+) -> pipeline.Outcome:
+    """Search for the recipe that reaches ``goal``, and transform ``source`` by it; the report has the search as well.
 
     Args:
         given: options that stay as they are.
@@ -55,29 +46,27 @@ def reach(
         VerificationFailed: no trial reaches the goal.
         OcsError: the model or the samples cannot be used.
     """
-    with files.workplace(None) as folder:
-        if calibration.samples is not None:
-            path = stored(calibration.samples, folder / "samples", recipe.calibration_samples)
-            calibration = replace(calibration, samples=path, save_stats=None)
+    with (
+        files.workplace(None) as folder,
+        pipeline.samples_at_hand(source, recipe, calibration, folder, timeout) as held,
+    ):
         known = Known(folder / "known")
         known.folder.mkdir()
+        kept = replace(held, save_stats=None)
 
-        def measure(tried: Recipe) -> Trial:
-            def report() -> dict[str, Any]:
-                made = folder / "trial.onnx"
-                return pipeline.transform(
-                    source, made, tried, inputs, calibration, timeout, lambda stage: None, known, SAMPLES
-                ).report
+        def report(tried: Recipe) -> dict[str, Any]:
+            made = folder / "trial.onnx"
+            return pipeline.transform(
+                source, made, tried, inputs, kept, timeout, lambda stage: None, known, SAMPLES
+            ).report
 
-            return measured(report)
-
-        mark = "" if state is None else _mark(source, recipe, inputs, calibration)
+        mark = "" if state is None else _mark(source, recipe, inputs, held)
         search = Search(
             goal,
             recipe,
             frozenset(given),
-            _costs(source, recipe, calibration, timeout, progress, known),
-            measure,
+            _costs(source, recipe, held, timeout, progress, known),
+            lambda tried: measured(lambda: report(tried)),
             {} if state is None else read_trials(state, mark),
             progress,
             lambda trials: None if state is None else write_trials(state, mark, trials),
@@ -87,7 +76,15 @@ def reach(
         finally:
             if front is not None:
                 write_front(front, search.front())
-    return Found(Recipe.of(best.options, stored=recipe.plain()), len(search.trials), search.front())
+        # by statistics of its own, so that the recipe runs again to the same bytes
+        chosen = Recipe.of(best.options, stored=recipe.plain())
+        outcome = pipeline.transform(source, target, chosen, inputs, held, timeout, progress, count=SAMPLES)
+    outcome.report["search"] = {
+        "goal": asdict(goal),
+        "trials": len(search.trials),
+        "front": [asdict(trial) for trial in search.front()],
+    }
+    return outcome
 
 
 def _costs(

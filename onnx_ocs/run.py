@@ -17,6 +17,15 @@ Source = str | Path | onnx.ModelProto
 Progress = Callable[[str], None]
 
 
+def on_disk(source: Source, model: Model, path: Path) -> Path:
+    """A file that onnxruntime can read: that of ``source``, or of a proto, loaded as ``model``, one at ``path``."""
+    if not isinstance(source, onnx.ModelProto):
+        return Path(source)
+    if not path.exists():
+        model.save(path)
+    return path
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Where the statistics of activations come from."""

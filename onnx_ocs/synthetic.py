@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from onnx_ocs import child
-from onnx_ocs.errors import BadSamples, RuntimeFailed
-from onnx_ocs.graph.samples import GUESSES, Feed, Guess, Input, generate
+from onnx_ocs.errors import BadSamples
+from onnx_ocs.graph.samples import Feed, Guess, Input, generate
 from onnx_ocs.graph.session import Session
 from onnx_ocs.numerics.natural import natural_images
+from onnx_ocs.verify import working_guess
 
 COLOURS = (1, 3, 4)
 """Channels of what is taken for an image."""
@@ -50,8 +51,10 @@ def make(request: Request, say: child.Report) -> dict[str, Any]:
     """Write the samples; this is what the child does."""
     say(f"loading {request.name} for synthetic samples")
     session = Session(Path(request.model))
-    guess = next((guess for guess in GUESSES if _runs(session, guess, request)), None)
-    if guess is None:
+    guess, finite, _ = working_guess(
+        session, lambda guess: _feed(session.inputs, guess, request, np.random.default_rng(request.seed))
+    )
+    if guess is None or not finite:
         raise BadSamples(
             f"{request.name}: no synthetic samples were found that it runs on with finite outputs; give real ones "
             "(--calibrate)"
@@ -63,14 +66,6 @@ def make(request: Request, say: child.Report) -> dict[str, Any]:
         np.savez(Path(request.folder, f"{made:08}.npz"), **feed)  # type: ignore[arg-type]
         made += max(1, min((len(values) for values in feed.values() if values.ndim), default=1))
     return {"samples": made}
-
-
-def _runs(session: Session, guess: Guess, request: Request) -> bool:
-    try:
-        found = session.run(_feed(session.inputs, guess, request, np.random.default_rng(request.seed)))
-    except RuntimeFailed:
-        return False
-    return all(values.dtype.kind != "f" or np.isfinite(values).all() for values in found.values())
 
 
 def _feed(inputs: list[Input], guess: Guess, request: Request, rng: np.random.Generator) -> Feed:

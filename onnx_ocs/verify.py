@@ -4,7 +4,7 @@ A model that nobody here made may crash the runtime or never return; in a child 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ import numpy as np
 
 from onnx_ocs import child
 from onnx_ocs.errors import BadSamples, OcsError, RuntimeFailed, UnsupportedModel
-from onnx_ocs.graph.samples import GUESSES, Batch, Input, generate, read_samples
-from onnx_ocs.graph.session import Session
+from onnx_ocs.graph.samples import GUESSES, Batch, Feed, Guess, Input, generate, read_samples
+from onnx_ocs.graph.session import Session, run_samples
 from onnx_ocs.numerics.compare import Difference, is_float
 
 GENERATED = 8
@@ -145,7 +145,7 @@ def _compare(request: Request, say: child.Report) -> Comparison:
     deterministic, samples, shapes = True, 0, {}
     for number, batch in enumerate(_batches(request, reference, say)):
         say(f"running {request.reference}")
-        outputs = _run(reference, batch, request)
+        outputs = run_samples(reference, batch.feed, request.reference)
         if number == 0:
             shapes = {name: list(values.shape) for name, values in batch.feed.items()}
             deterministic, noise = _own_noise(request, reference, batch, outputs)
@@ -193,13 +193,6 @@ def _least(found: dict[str, Difference]) -> float:
     return min((one.sqnr_db for one in found.values() if one.sqnr_db is not None), default=0.0)
 
 
-def _run(reference: Session, batch: Batch, request: Request) -> dict[str, Any]:
-    try:
-        return reference.run(batch.feed)
-    except RuntimeFailed as error:
-        raise BadSamples(f"{request.reference}: the model fails on these samples ({error}); check them") from None
-
-
 def _batches(request: Request, reference: Session, say: child.Report) -> Iterator[Batch]:
     if request.count == 0:
         return
@@ -222,34 +215,47 @@ def _free_batch(inputs: list[Input]) -> bool:
     return all(item.shape and not isinstance(item.shape[0], int) for item in inputs)
 
 
-def _working_guess(request: Request, reference: Session) -> Any:
-    """The first way of choosing shapes and values on which the reference runs, with finite outputs if there is one."""
+def _working_guess(request: Request, reference: Session) -> Guess:
+    """How generated samples are chosen: with finite outputs if there is a way."""
+
+    def make(guess: Guess) -> Feed:
+        return generate(reference.inputs, guess, request.bounds, np.random.default_rng(request.seed))
+
+    guess, _, failure = working_guess(reference, make)
+    if guess is None:
+        raise UnsupportedModel(
+            f"{request.reference}: onnxruntime cannot run it on generated samples ({failure}); "
+            "give real ones with --inputs, or --no-verify"
+        )
+    return guess
+
+
+def working_guess(session: Session, make: Callable[[Guess], Feed]) -> tuple[Guess | None, bool, str]:
+    """The first way of choosing shapes and values on which a model runs, one with finite outputs if there is such.
+
+    Returns the way, whether the outputs are finite, and why the first way that failed did.
+    """
     working, failure = None, ""
     for guess in GUESSES:
-        feed = generate(reference.inputs, guess, request.bounds, np.random.default_rng(request.seed))
+        feed = make(guess)
         if sum(values.nbytes for values in feed.values()) > 2**28:
             continue
         try:
-            outputs = reference.run(feed)
+            outputs = session.run(feed)
         except RuntimeFailed as error:
             failure = failure or str(error)
             continue
         working = working or guess
         if all(np.isfinite(v.astype(np.float64)).all() for v in outputs.values() if is_float(v)):
-            return guess
-    if working is None:
-        raise UnsupportedModel(
-            f"{request.reference}: onnxruntime cannot run it on generated samples ({failure}); "
-            "give real ones with --inputs, or --no-verify"
-        )
-    return working
+            return guess, True, failure
+    return working, False, failure
 
 
 def _own_noise(
     request: Request, reference: Session, batch: Batch, outputs: dict[str, Any]
 ) -> tuple[bool, dict[str, float]]:
     """Whether the reference gives the same outputs twice, and what onnxruntime's optimizations change in them."""
-    again = _relative(outputs, _run(reference, batch, request))
+    again = _relative(outputs, run_samples(reference, batch.feed, request.reference))
     deterministic = max(again.values(), default=0.0) < 1e-6
     try:
         plain = Session(Path(request.reference), optimize=False).run(batch.feed)

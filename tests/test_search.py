@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from onnx_ocs import quantize
 from onnx_ocs.errors import BadRecipe, VerificationFailed
 from onnx_ocs.recipe import Recipe
 from onnx_ocs.search import Goal, LayerCost, Search, Trial, read_trials, write_trials
@@ -150,6 +151,15 @@ def test_the_command_reaches_its_goal_and_the_report_runs_again_to_the_same_byte
     resumed = tmp_path / "resumed.onnx"
     assert command(source, resumed, *options, "-q")[0] == 0
     assert resumed.read_bytes() == out.read_bytes()
+
+
+def test_samples_of_an_iterable_serve_all_trials_and_the_result(models):
+    images = np.load(models / "digits_test.npz")
+    (name,) = [name for name in images.files if images[name].dtype == np.float32]
+    goal = Goal(sqnr=5, bits=(8,), budget=1)
+    result = quantize(models / "digits_mlp.onnx", goal=goal, calibrate=iter(images[name][:16, None]))
+    assert result.report["verification"]["samples"] == 16
+    assert {row["act_bits"] for row in result.report["layers"]} == {8}
 
 
 def test_a_goal_beyond_reach_writes_nothing(command, models, tmp_path):

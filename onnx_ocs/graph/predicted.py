@@ -125,6 +125,8 @@ def unchanged(place: Place, inputs: list[Predicted]) -> Predicted:
 @follows("Flatten", "Reshape", "Squeeze")
 def reshaped(place: Place, inputs: list[Predicted]) -> Predicted:
     """The channels stay channels where there was one position of each."""
+    if not inputs[0].parts:
+        return inputs[0]
     before, after = (place.editor.shapes.get(tensor.name) for tensor in (place.node.inputs[0], place.node.outputs[0]))
     channels = sum(len(part.mean) for part in inputs[0].parts)
     single = before is not None and len(before) > 1 and all(size == 1 for size in before[2:])

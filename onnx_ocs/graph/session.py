@@ -7,7 +7,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from onnx_ocs.errors import RuntimeFailed
+from onnx_ocs.errors import BadSamples, RuntimeFailed
 from onnx_ocs.graph.samples import Feed, Input
 
 SILENT = 4
@@ -63,6 +63,18 @@ class Session:
             items = {name: value} if not isinstance(value, list) else {f"{name}[{i}]": v for i, v in enumerate(value)}
             found |= {key: np.asarray(item) for key, item in items.items() if isinstance(item, np.ndarray | np.generic)}
         return found
+
+
+def run_samples(session: Session, feed: Feed, name: str) -> dict[str, NDArray[Any]]:
+    """The outputs of the model ``name`` on samples of the user.
+
+    Raises:
+        BadSamples: it fails on them.
+    """
+    try:
+        return session.run(feed)
+    except RuntimeFailed as error:
+        raise BadSamples(f"{name}: the model fails on these samples ({error}); check them") from None
 
 
 def first_line(error: Exception) -> str:

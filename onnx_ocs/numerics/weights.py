@@ -229,6 +229,13 @@ def ungrouped(rows: NDArray[Any], axes: Axes, shape: tuple[int, ...]) -> NDArray
     return np.moveaxis(whole, (0, 1), (axes.output, axes.input))
 
 
+def by_output(values: NDArray[Any], axes: Axes, outputs: int) -> NDArray[Any]:
+    """(outputs, n), what belongs to each output channel of the figures (groups, O) of the rows of :func:`grouped`."""
+    if axes.groups_on_input:
+        values = values.reshape(axes.groups, outputs, -1).swapaxes(0, 1)
+    return values.reshape(outputs, -1)
+
+
 def widened_limits(plans: tuple[SplitPlan, ...], axes: Axes, levels: int) -> NDArray[np.int64]:
     """(groups, I), the largest integer of each input channel of each group."""
     limits = np.stack([plan.widening * levels for plan in plans])
@@ -332,20 +339,11 @@ def least_error_threshold(
     for fraction in FRACTIONS:
         wide = shaped_step(grid.step(threshold * fraction), axes, weight.ndim, plans)
         error = _rounded(weight, wide, limits, axes, task) * wide.astype(np.float64) - weight
-        cost = _cost(error, axes, task.factors) if threshold.ndim else _costs(error, axes, task.factors).sum()
+        costs = _costs(error, axes, task.factors)
+        cost = by_output(costs, axes, len(threshold)).sum(axis=1) if threshold.ndim else costs.sum()
         best = np.where(cost < least, threshold * fraction, best)
         least = np.minimum(least, cost)
     return best
-
-
-def _cost(error: NDArray[np.float64], axes: Axes, factors: tuple[Factor, ...]) -> NDArray[np.float64]:
-    """(outputs,), the squared error of each output channel."""
-    assert axes.output is not None
-    costs = _costs(error, axes, factors)
-    outputs = error.shape[axes.output]
-    if axes.groups_on_input:
-        return costs.reshape(axes.groups, outputs, -1).sum(axis=(0, 2))
-    return costs.reshape(outputs, -1).sum(axis=1)
 
 
 def _costs(error: NDArray[np.float64], axes: Axes, factors: tuple[Factor, ...]) -> NDArray[np.float64]:

@@ -1,5 +1,6 @@
 """Even out the ranges of channels across layers, before anything is split."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -30,7 +31,8 @@ class EqualizeLayers:
     name: ClassVar[str] = "equalize-layers"
 
     def apply(self, editor: Editor, layers: Sequence[Layer]) -> dict[str, NDArray[np.float64]]:
-        held = {id(layer.node): layer for layer in layers if not _is_shared(layer, layers)}
+        readers = Counter(layer.weight.key for layer in layers)
+        held = {id(layer.node): layer for layer in layers if readers[layer.weight.key] == 1}
         streams: list[Stream] = []
         seen: set[int] = set()
         for layer in layers:
@@ -99,8 +101,3 @@ class EqualizeLayers:
             values = values.reshape((1,) * (-axis - values.ndim) + values.shape)
         scaled = (values * along(factors, axis, values.ndim)).astype(values.dtype)
         edit.rewire(layer.node, index, edit.constant(stream.scope, f"{held.tensor.name}.even", scaled))
-
-
-def _is_shared(layer: Layer, layers: Sequence[Layer]) -> bool:
-    """Whether another layer has the same weight."""
-    return sum(other.weight.key == layer.weight.key for other in layers) > 1

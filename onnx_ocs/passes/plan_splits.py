@@ -21,11 +21,9 @@ from onnx_ocs.numerics.split import (
     joined,
     matching,
     picks_per_block,
-    picks_per_row,
-    picks_per_tensor,
     plan_splits,
 )
-from onnx_ocs.numerics.weights import channel_peaks, group_plans, grouped, no_split, picks_of
+from onnx_ocs.numerics.weights import by_output, channel_peaks, group_plans, grouped, no_split, picks_of
 from onnx_ocs.passes.base import LayerPlan, Widened, Work, ratio_of, unsplit
 
 ALLOCATIONS = ("uniform", "knapsack", "sensitivity")
@@ -187,8 +185,8 @@ class PlanSplits:
         ]
 
     def _planned(self, work: Work, plan: LayerPlan) -> LayerPlan:
-        """With the threshold of each output, or of all, that goes with the copies."""
-        if plan.declined or plan.block is not None or plan.bits is None:
+        """With the threshold of each output, or of all, that goes with the copies; ``hessian`` finds its own."""
+        if plan.declined or plan.block is not None or plan.bits is None or plan.rounding == "hessian":
             return plan
         groups = plan.axes.groups
         if plan.axes.groups_on_input:
@@ -203,9 +201,7 @@ class PlanSplits:
             return replace(plan, planned=found.max())
         assert plan.axes.output is not None
         outputs = plan.layer.weight.shape[plan.axes.output]
-        if plan.axes.groups_on_input:
-            return replace(plan, planned=found.reshape(groups, outputs, -1).max(axis=(0, 2)))
-        return replace(plan, planned=found.reshape(outputs, -1).max(axis=1))
+        return replace(plan, planned=by_output(found, plan.axes, outputs).max(axis=1))
 
     def _magnitudes(self, work: Work, choice: "_Choice", channels: int, extra: int) -> Picks:
         """By the largest weights of several layers that read the same channels."""
@@ -216,9 +212,7 @@ class PlanSplits:
         joint = np.concatenate(rows)
         if choice.block is not None:
             return picks_per_block(joint, extra, choice.block, self.policy)
-        if any(plan.per_channel for plan in plans):
-            return picks_per_row(joint, extra, self.policy)
-        return picks_per_tensor(joint.max(axis=0), extra, self.policy)
+        return picks_of(joint, extra, any(plan.per_channel for plan in plans), self.policy)
 
     def _rows(self, work: Work, plan: LayerPlan, channels: int) -> NDArray[np.float64]:
         """The peaks of each scale of a layer in each channel of the stream or tensor."""

@@ -7,8 +7,6 @@ import numpy as np
 import onnx
 
 from onnx_ocs.graph.biases import bias_of
-from onnx_ocs.graph.editor import Editor
-from onnx_ocs.graph.layers import Layer
 from onnx_ocs.graph.qdq import dequantize
 from onnx_ocs.passes.base import LayerPlan, Work
 
@@ -37,8 +35,10 @@ class QuantizeBiases:
         layer, edit, data = plan.layer, work.editor, plan.activation
         if data is None or data.step is None or plan.step is None or layer.weight.data_type != onnx.TensorProto.FLOAT:
             return
+        if layer.node.op == "MatMul" and edit.ranks.get(layer.node.outputs[0].name) != 2:
+            return
         found = bias_of(edit, layer)
-        if found is None or found.held is None or (layer.node.op == "MatMul" and self._rank(edit, layer) != 2):
+        if found is None or found.held is None:
             return
         node, index, bias = found.node, found.index, found.held
         assert layer.output_axis is not None
@@ -54,6 +54,3 @@ class QuantizeBiases:
         made = integers.astype(np.int32)
         tensor = edit.model.tensor(bias.tensor.name, onnx.TensorProto.INT32, made.shape, made.tobytes())
         edit.rewire(node, index, dequantize(edit, layer.scope, tensor, step, 0, layer.weight.data_type, node))
-
-    def _rank(self, edit: Editor, layer: Layer) -> int | None:
-        return edit.ranks.get(layer.node.outputs[0].name)
