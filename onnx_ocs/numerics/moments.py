@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 ROWS = 2**22
 """Values of patches that are made at a time (16 MB)."""
 
+LARGEST = 1e16
+"""The magnitude up to which products in float32, and sums of them, stay finite."""
+
 
 @dataclass(frozen=True, eq=False)
 class Moments:
@@ -93,21 +96,33 @@ def rows_of(values: NDArray[Any], axis: int, groups: int, window: Window | None)
 
 
 class MomentRecorder:
-    """Sums of x and of x x' over all rows; products in float32, sums in float64."""
+    """Sums of x and of x x' over all rows, in float64.
+
+    Products are made in float32, of values less about their mean: where the mean is large beside the spread, what is
+    left of x x' without it would drown in rounding otherwise. Values whose products float32 cannot hold are multiplied
+    in float64.
+    """
 
     def __init__(self, groups: int, inputs: int, second: bool = True) -> None:
         self._sum = np.zeros((groups, inputs))
         self._products = np.zeros((groups, inputs, inputs)) if second else None
+        self._middle: NDArray[np.float32] | None = None  # (groups, n), the mean of the first rows
         self._rows = 0
 
     def add(self, rows: NDArray[Any]) -> None:
         """(rows, groups, n): fold some rows in; they may be a view, of which parts are copied one after the other."""
         step = max(1, ROWS // max(1, math.prod(rows.shape[1:])))
         for start in range(0, len(rows), step):
-            part = np.ascontiguousarray(rows[start : start + step], np.float32)
-            self._sum += part.sum(axis=0, dtype=np.float64)
-            if self._products is not None:
-                by_group = part.transpose(1, 2, 0)
+            part = np.array(rows[start : start + step], np.float32, order="C")
+            total = part.sum(axis=0, dtype=np.float64)
+            self._sum += total
+            if self._products is not None and len(part):
+                if self._middle is None:
+                    self._middle = (total / len(part)).astype(np.float32)
+                part -= self._middle
+                large = max(float(part.max(initial=0)), -float(part.min(initial=0))) > LARGEST
+                kind: type[np.floating[Any]] = np.float64 if large else np.float32
+                by_group: NDArray[Any] = part.astype(kind, copy=False).transpose(1, 2, 0)
                 self._products += by_group @ by_group.transpose(0, 2, 1)
             self._rows += len(part)
 
@@ -119,4 +134,9 @@ class MomentRecorder:
         """
         if not self._rows:
             raise ValueError("no values were seen")
-        return Moments(self._sum / self._rows, None if self._products is None else self._products / self._rows)
+        mean = self._sum / self._rows
+        if self._products is None or self._middle is None:
+            return Moments(mean, None)
+        away = (mean - self._middle)[:, :, None]
+        second = self._products / self._rows - away * away.transpose(0, 2, 1)
+        return Moments(mean, second + mean[:, :, None] * mean[:, None, :])

@@ -159,14 +159,20 @@ def factorized(moments: NDArray[np.float64], damping: float = DAMPING) -> Factor
     Inputs that are always zero are rounded as if they had no correlation with others.
 
     Args:
-        moments: (n, n), H; of rank below n where there are few samples.
+        moments: (n, n), H, finite; of rank below n where there are few samples.
     """
     diagonal = moments.diagonal()
     order = np.argsort(-diagonal, kind="stable")
     damped = moments[np.ix_(order, order)]
     mean = diagonal.mean()
-    damped[np.diag_indices_from(damped)] += damping * mean if mean > 0 else 1.0
-    lower = np.linalg.cholesky(damped[::-1, ::-1])
+    share = damping * mean if mean > 0 else 1.0
+    while True:
+        damped[np.diag_indices_from(damped)] += share
+        try:
+            lower = np.linalg.cholesky(damped[::-1, ::-1])
+            break
+        except np.linalg.LinAlgError:  # rounding has left it with negative eigenvalues
+            share *= 10
     return Factor(order, damped, np.asarray(lower[::-1, ::-1], np.float64))
 
 

@@ -53,6 +53,26 @@ def test_batches_fold_into_the_moments_of_all_rows(rng):
         np.testing.assert_allclose(moments.of_group(group, True), np.cov(here.T, bias=True), rtol=0, atol=1e-5)
 
 
+def test_a_mean_that_is_large_beside_the_spread_leaves_the_spread_exact(rng):
+    """In float32 the products are off by more than all that is left of them without the mean."""
+    spread = rng.standard_normal((300, 6)) * [1e-3, 1e-2, 1, 1, 1, 0]
+    rows = (1000 + spread).astype(np.float32)
+    recorder = MomentRecorder(1, 6)
+    for part in np.split(rows.reshape(300, 1, 6), 3):
+        recorder.add(part)
+    found = recorder.finish().of_group(0, True)
+    np.testing.assert_allclose(found, np.cov(rows.T.astype(np.float64), bias=True), rtol=1e-3, atol=1e-8)
+    assert np.linalg.eigvalsh(found).min() > -1e-8
+
+
+def test_products_beyond_float32_are_finite(rng):
+    rows = (rng.standard_normal((20, 2, 3)) * 1e25).astype(np.float32)
+    recorder = MomentRecorder(2, 3)
+    recorder.add(rows)
+    here = rows[:, 1].astype(np.float64)
+    np.testing.assert_allclose(recorder.finish().second[1], here.T @ here / 20, rtol=1e-6)
+
+
 def test_copies_of_channels_have_shares_of_their_moments(rng):
     data = rng.standard_normal((40, 3, 2))
     source, gain = np.array([0, 1, 2, 1]), np.array([1, 0.25, 1, 0.75])

@@ -105,6 +105,15 @@ def test_few_samples_and_dead_inputs_are_no_trouble(samples):
     np.testing.assert_array_equal(made[:, :4], np.floor(values[:, :4] / 0.1 + 0.5))
 
 
+def test_moments_that_rounding_has_left_with_negative_eigenvalues_are_damped_further():
+    data = np.random.default_rng(0).standard_normal((12, 3))
+    broken = data @ data.T - 0.5 * np.eye(12)
+    factor = factorized(broken)
+    np.testing.assert_allclose(factor.upper @ factor.upper.T, factor.moments, rtol=1e-10, atol=1e-12)
+    added = factor.moments - broken[np.ix_(factor.order, factor.order)]
+    np.testing.assert_allclose(added, added[0, 0] * np.eye(12), atol=1e-12)
+
+
 def test_the_factor_gives_the_squared_error_of_the_output():
     rng = np.random.default_rng(2)
     data, error = rng.standard_normal((50, 7)), rng.standard_normal((3, 7))
