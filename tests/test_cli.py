@@ -324,10 +324,9 @@ def test_help_and_version(command):
 def test_a_signal_ends_it_with_its_status_and_nothing_left(models, tmp_path, number, status):
     folder = tmp_path / "out"
     folder.mkdir()
-    source = models / "digits_resnet.onnx"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "onnx_ocs", source, folder / "out.onnx", "-q"], stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", "onnx_ocs", models / "digits_resnet.onnx", folder / "out.onnx", "-q"]
+    command += ["--synthetic", "5000"]  # so that it is still at it
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not list(folder.iterdir()):
         time.sleep(0.01)
     process.send_signal(number)
