@@ -29,6 +29,9 @@ from onnx_ocs.numerics.split import (
 FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6)
 """Of the largest share, that are tried as the threshold with the least error of the output."""
 
+NARROWER = (0.05, 0.025)
+"""How far on either side of the best so far it is looked for next."""
+
 WIDE = 2**22
 """Weights that are rounded at a time where that is more work than to read them (32 MB for each array of them)."""
 
@@ -331,19 +334,29 @@ def least_error_threshold(
 ) -> NDArray[np.float64]:
     """The fraction of ``threshold``, for all or for each output, with the least squared error of the output.
 
-    The error is ``e' H e`` with the second moments H of the data, of the very integers that ``task`` makes.
+    Of some fractions far apart first, then of those about the best. The error is ``e' H e`` with the second moments H
+    of the data, of the very integers that ``task`` makes.
     """
     grid = Grid(bits)
     limits = widened_limits(plans, axes, grid.levels)
-    best, least = threshold, np.full(threshold.shape, np.inf)
-    for fraction in FRACTIONS:
-        wide = shaped_step(grid.step(threshold * fraction), axes, weight.ndim, plans)
+    best, least = np.ones(threshold.shape), np.full(threshold.shape, np.inf)
+
+    def attempt(fractions: NDArray[np.float64]) -> None:
+        nonlocal best, least
+        wide = shaped_step(grid.step(threshold * fractions), axes, weight.ndim, plans)
         error = _rounded(weight, wide, limits, axes, task) * wide.astype(np.float64) - weight
         costs = _costs(error, axes, task.factors)
         cost = by_output(costs, axes, len(threshold)).sum(axis=1) if threshold.ndim else costs.sum()
-        best = np.where(cost < least, threshold * fraction, best)
+        best = np.where(cost < least, fractions, best)
         least = np.minimum(least, cost)
-    return best
+
+    for fraction in FRACTIONS:
+        attempt(np.full(threshold.shape, fraction))
+    for distance in NARROWER:
+        middle = best
+        for side in (-distance, distance):
+            attempt(np.minimum(middle + side, 1))
+    return threshold * best
 
 
 def _costs(error: NDArray[np.float64], axes: Axes, factors: tuple[Factor, ...]) -> NDArray[np.float64]:
