@@ -325,8 +325,13 @@ def test_a_signal_ends_it_with_its_status_and_nothing_left(models, tmp_path, num
     folder = tmp_path / "out"
     folder.mkdir()
     command = [sys.executable, "-m", "onnx_ocs", models / "digits_resnet.onnx", folder / "out.onnx", "-q"]
-    command += ["--synthetic", "5000"]  # so that it is still at it
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command += ["--synthetic", "2000"]  # so that it is still at it
+
+    def hear() -> None:
+        """What a shell runs in the background ignores SIGINT, and so would what it starts."""
+        signal.signal(number, signal.SIG_DFL)
+
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hear)
     while process.poll() is None and not list(folder.iterdir()):
         time.sleep(0.01)
     process.send_signal(number)

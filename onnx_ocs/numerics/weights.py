@@ -32,6 +32,9 @@ FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6)
 NARROWER = (0.05, 0.025)
 """How far on either side of the best so far it is looked for next."""
 
+MOST_REFITTED = 2.0
+"""Times that a step grows or shrinks at most where it is refitted; outputs that are next to nothing ask for more."""
+
 WIDE = 2**22
 """Weights that are rounded at a time where that is more work than to read them (32 MB for each array of them)."""
 
@@ -359,10 +362,51 @@ def least_error_threshold(
     return threshold * best
 
 
+def weight_sqnr(
+    weight: NDArray[Any], integers: NDArray[Any], plans: tuple[SplitPlan, ...], axes: Axes, step: NDArray[np.float32]
+) -> float:
+    """The signal-to-noise ratio in dB of the weight that the integers of the copies stand for."""
+    whole = by_group(lambda plan, part: recombine(part, plan, axes.input), plans, axes, integers)
+    error = whole * shaped_step(step, axes, weight.ndim, plans).astype(np.float64) - weight
+    return decibels(_energy(weight.astype(np.float64)), _energy(error))
+
+
 def _costs(error: NDArray[np.float64], axes: Axes, factors: tuple[Factor, ...]) -> NDArray[np.float64]:
     """(groups, rows), ``e' H e`` of each."""
     rows = grouped(error, axes)
     return np.stack([factor.cost(part.reshape(len(part), -1)) for factor, part in zip(factors, rows, strict=True)])
+
+
+def refitted_step(
+    weight: NDArray[Any],
+    integers: NDArray[Any],
+    plans: tuple[SplitPlan, ...],
+    axes: Axes,
+    step: NDArray[np.float32],
+    factors: tuple[Factor, ...],
+) -> NDArray[np.float32]:
+    """The step, or that of each output, with which the outputs have the energy of those of the float weight.
+
+    Integers with the least error leave a part of the output out, the more the fewer the bits are, and layer by layer
+    the signal shrinks. So each step is multiplied by ``sqrt(w' H w / q' H q)``, with the second moments H of the data;
+    Banner et al. (NeurIPS 2019, arXiv:1810.05723, Section 3.3) keep the variance of the weights in the same way.
+
+    Args:
+        integers: of the copies, on steps that are no blocks.
+        factors: of the data of each group.
+    """
+    assert axes.block is None
+    whole = by_group(lambda plan, part: recombine(part, plan, axes.input), plans, axes, integers)
+    wanted = _costs(weight.astype(np.float64), axes, factors)
+    found = _costs(whole * shaped_step(step, axes, weight.ndim, plans).astype(np.float64), axes, factors)
+    if step.ndim:
+        wanted, found = (by_output(part, axes, len(step)).sum(axis=1) for part in (wanted, found))
+    else:
+        wanted, found = wanted.sum(keepdims=True), found.sum(keepdims=True)
+    gain = np.ones(found.shape)
+    np.divide(wanted, found, out=gain, where=found > 0)
+    gain = np.clip(np.sqrt(gain), 1 / MOST_REFITTED, MOST_REFITTED)
+    return (step * gain.reshape(step.shape)).astype(np.float32)
 
 
 def mean_shift(

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from onnx_ocs.graph.integers import TYPES, packed
 from onnx_ocs.graph.qdq import dequantize
-from onnx_ocs.numerics.weights import mean_shift, split_integers
+from onnx_ocs.numerics.weights import mean_shift, refitted_step, split_integers, weight_sqnr
 from onnx_ocs.passes.base import LayerPlan, Work
 
 
@@ -22,23 +22,25 @@ class QuantizeWeights:
     aware: bool = True
 
     def apply(self, work: Work) -> list[LayerPlan]:
-        made: dict[Any, tuple[gs.Variable, float, NDArray[Any]]] = {}
+        made: dict[Any, _Written] = {}
         readers = work.readers()
         return [plan if plan.declined else self._visit(work, plan, made, readers[plan.key]) for plan in work.plans]
 
-    def _visit(
-        self, work: Work, plan: LayerPlan, made: dict[Any, tuple[gs.Variable, float, NDArray[Any]]], readers: int
-    ) -> LayerPlan:
-        layer, edit = plan.layer, work.editor
-        if plan.key not in made:
-            made[plan.key] = self._dequantized(work, plan, readers)
-        read, sqnr, integers = made[plan.key]
+    def _visit(self, work: Work, plan: LayerPlan, made: dict[Any, "_Written"], readers: int) -> LayerPlan:
+        layer, edit, key = plan.layer, work.editor, plan.key
+        if key not in made:
+            made[key] = self._written(work, plan, readers)
+        written = made[key]
         if readers == 1:
-            del made[plan.key]
-        edit.rewire(*(plan.reader or (layer.node, layer.weight_input)), read)
+            del made[key]
+        edit.rewire(*(plan.reader or (layer.node, layer.weight_input)), written.read)
         if plan.turned:
             edit.set_integer(layer.scope, layer.node, "transB", 0)
-        return replace(plan, sqnr_db=sqnr, shift=self._shift(work, plan, integers) if plan.corrected else None)
+        assert plan.threshold is not None
+        assert plan.step is not None
+        threshold = plan.threshold * (written.step / plan.step)
+        plan = replace(plan, threshold=threshold, step=written.step, sqnr_db=written.sqnr_db)
+        return replace(plan, shift=self._shift(work, plan, written.integers)) if plan.corrected else plan
 
     def _shift(self, work: Work, plan: LayerPlan, integers: NDArray[Any]) -> NDArray[np.float64]:
         mean = work.mean(plan)
@@ -46,16 +48,16 @@ class QuantizeWeights:
         assert plan.step is not None
         return mean_shift(work.values(plan), integers, plan.splits, plan.axes, plan.step, mean)
 
-    def _dequantized(self, work: Work, plan: LayerPlan, readers: int) -> tuple[gs.Variable, float, NDArray[Any]]:
-        layer, edit = plan.layer, work.editor
+    def _written(self, work: Work, plan: LayerPlan, readers: int) -> "_Written":
+        layer, edit, axes = plan.layer, work.editor, plan.axes
         assert plan.step is not None
         assert plan.bits is not None
-        integers, sqnr = split_integers(
-            work.values(plan), plan.splits, plan.axes, plan.step, plan.bits, self.aware, work.task(plan)
-        )
-        stored, step = integers, plan.step
-        if plan.turned:
-            stored, step = integers.T, step.T
+        weight, task, step = work.values(plan), work.task(plan), plan.step
+        integers, sqnr = split_integers(weight, plan.splits, axes, step, plan.bits, self.aware, task)
+        if task.factors and plan.block is None:
+            step = refitted_step(weight, integers, plan.splits, axes, step, task.factors)
+            sqnr = weight_sqnr(weight, integers, plan.splits, axes, step)
+        stored, steps = (integers.T, step.T) if plan.turned else (integers, step)
         name, width = layer.weight.tensor.name, plan.storage
         tensor = edit.model.tensor(name, TYPES[width], stored.shape, packed(stored, width))
         home = layer.weight.home
@@ -63,5 +65,15 @@ class QuantizeWeights:
         before = layer.scope.within(home, reader) if readers == 1 else home.graph.nodes[0]
         axis = (layer.output_axis or 0) if plan.block is None else layer.input_axis
         axis = 1 - axis if plan.turned else axis
-        read = dequantize(edit, home, tensor, step, axis, layer.weight.data_type, before, plan.block)
-        return read, sqnr, integers
+        read = dequantize(edit, home, tensor, steps, axis, layer.weight.data_type, before, plan.block)
+        return _Written(read, integers, step, sqnr)
+
+
+@dataclass(frozen=True, eq=False)
+class _Written:
+    """A weight as it now is in the graph."""
+
+    read: gs.Variable
+    integers: NDArray[Any]
+    step: NDArray[np.float32]
+    sqnr_db: float

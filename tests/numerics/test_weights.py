@@ -8,15 +8,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_ocs.numerics.grid import CHUNK, Grid
-from onnx_ocs.numerics.split import expand, extra_channels, in_blocks, picks_per_block, plan_splits
+from onnx_ocs.numerics.rounding import factorized
+from onnx_ocs.numerics.split import expand, extra_channels, in_blocks, picks_per_block, plan_splits, recombine
 from onnx_ocs.numerics.weights import (
     Axes,
+    Task,
+    by_group,
+    by_output,
     channel_peaks,
     choose_threshold,
     group_plans,
+    grouped,
     no_split,
     picks_of,
     recombination_error,
+    refitted_step,
+    shaped_step,
     split_floats,
     split_integers,
 )
@@ -190,3 +197,50 @@ def test_naive_shares_in_blocks_are_rounded_by_the_step_of_their_block():
     np.testing.assert_allclose(step[:, 0], [0.5, 1 / 3, 0.1 / 3], rtol=1e-6)
     integers, _ = split_integers(weight, (plan,), axes, step, 3, aware=False)
     np.testing.assert_array_equal(integers[:, 0], [3, 3, 3, 1, 3])
+
+
+REFITTED = {
+    "Conv": ((6, 4, 3, 2), Axes(1, 0, kernel=True), 24),
+    "Conv grouped": ((6, 4, 3), Axes(1, 0, 3, kernel=True), 12),
+    "ConvTranspose grouped": ((6, 4, 3), Axes(0, 1, 2, True), 3),
+    "Gemm": ((5, 4), Axes(0, 1), 5),
+    "MatMul batched": ((2, 3, 5, 4), Axes(2, 3), 5),
+}
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("name", REFITTED)
+def test_refitted_steps_give_outputs_the_energy_of_the_float_ones(name, per_channel, rng):
+    shape, axes, inputs = REFITTED[name]
+    weight = rng.standard_normal(shape).astype(np.float32)
+    peaks = channel_peaks(weight, axes)
+    plans = choose_splits(peaks, 1, per_channel, "even", axes.groups_on_input)
+    data = rng.standard_normal((axes.groups, 40, inputs))
+    factors = tuple(factorized(part.T @ part / 40, damping=1e-9) for part in data)
+    threshold = choose_threshold(weight, plans, axes, per_channel, "none", 3)
+    step = Grid(3).step(threshold * 0.7)
+    integers, _ = split_integers(weight, plans, axes, step, 3, True, Task("hessian", factors))
+    refitted = refitted_step(weight, integers, plans, axes, step, factors)
+    assert refitted.shape == step.shape
+    assert refitted.dtype == np.float32
+
+    def energy(values):
+        outputs = [
+            np.square(rows.reshape(len(rows), -1) @ part.T).mean(axis=1)
+            for rows, part in zip(grouped(values, axes), data, strict=True)
+        ]
+        return by_output(np.stack(outputs), axes, refitted.size).sum(axis=1) if per_channel else np.sum(outputs)
+
+    whole = by_group(lambda plan, part: recombine(part, plan, axes.input), plans, axes, integers)
+    found = energy(whole * shaped_step(refitted, axes, weight.ndim, plans).astype(np.float64))
+    np.testing.assert_allclose(found, energy(weight.astype(np.float64)), rtol=1e-4)
+    assert not np.allclose(refitted, step)
+
+
+def test_refitted_steps_are_bounded_and_leave_what_has_no_output(rng):
+    weight = np.array([[1.0, 0.0], [0.0, 0.0], [1.0, 4.0]], np.float32)
+    plans, axes = (plan_splits(np.ones(2, np.int64)),), Axes(1, 0)
+    factors = (factorized(np.diag([1.0, 1e-9]), damping=1e-9),)
+    integers = np.array([[1, 0], [0, 0], [0, 1]], np.int8)  # the last one has lost nearly all of its output
+    refitted = refitted_step(weight, integers, plans, axes, np.float32([0.5, 0.5, 0.5]), factors)
+    np.testing.assert_allclose(refitted, [1.0, 0.5, 1.0])
