@@ -19,12 +19,13 @@ from onnx_ocs.graph.streams import Ids, Stream
 from onnx_ocs.numerics.batchnorm import clipped_normal
 from onnx_ocs.numerics.cost import Cost, Room
 from onnx_ocs.numerics.grid import Grid
+from onnx_ocs.numerics.integers import Task
 from onnx_ocs.numerics.moments import Moments
 from onnx_ocs.numerics.planning import Inputs, assumed
 from onnx_ocs.numerics.rounding import factorized
 from onnx_ocs.numerics.split import SplitPlan, along, joined
 from onnx_ocs.numerics.statistics import Statistics
-from onnx_ocs.numerics.weights import Axes, Task, by_group
+from onnx_ocs.numerics.weights import Axes, by_group
 
 FIRST_LAYER_CHANNELS = 4
 """A layer that reads a graph input with so few channels is a first layer: RGB, RGBA, grey, raw features."""

@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_ocs.numerics.grid import Grid
+from onnx_ocs.numerics.integers import least_error_threshold, split_integers
 from onnx_ocs.numerics.saturation import kernel_order, row_sums, widened
-from onnx_ocs.numerics.weights import choose_threshold, least_error_threshold, split_integers
+from onnx_ocs.numerics.weights import choose_threshold
 from onnx_ocs.passes.base import LayerPlan, Work
 
 ROUNDS = 8

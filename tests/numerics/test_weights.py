@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_ocs.numerics.grid import CHUNK, Grid
+from onnx_ocs.numerics.integers import Task, refitted_step, split_integers
 from onnx_ocs.numerics.rounding import factorized
 from onnx_ocs.numerics.split import expand, extra_channels, in_blocks, picks_per_block, plan_splits, recombine
 from onnx_ocs.numerics.weights import (
     Axes,
-    Task,
     by_group,
     by_output,
     channel_peaks,
@@ -22,10 +22,8 @@ from onnx_ocs.numerics.weights import (
     no_split,
     picks_of,
     recombination_error,
-    refitted_step,
     shaped_step,
     split_floats,
-    split_integers,
 )
 
 

@@ -1,0 +1,239 @@
+"""Weights as integers: how they are rounded, under which threshold, and on which step they are read."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_ocs.numerics.compare import decibels
+from onnx_ocs.numerics.grid import CHUNK, Grid, nearest, pieces
+from onnx_ocs.numerics.rounding import ROUNDINGS, Factor, Rows
+from onnx_ocs.numerics.split import SplitPlan, along, deal, expand, recombine
+from onnx_ocs.numerics.weights import Axes, by_group, by_output, grouped, shaped_step, ungrouped
+
+FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6)
+"""Of the largest share, that are tried as the threshold with the least error of the output."""
+
+NARROWER = (0.05, 0.025)
+"""How far on either side of the best so far it is looked for next."""
+
+MOST_REFITTED = 2.0
+"""Times that a step grows or shrinks at most where it is refitted; outputs that are next to nothing ask for more."""
+
+WIDE = 2**22
+"""Weights that are rounded at a time where that is more work than to read them (32 MB for each array of them)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """How a weight is rounded, and what that rests on."""
+
+    rounding: str = "nearest"
+    factors: tuple[Factor, ...] = ()  # of the data of each group, for ``hessian``
+
+
+NEAREST = Task()
+
+
+def split_integers(
+    weight: NDArray[Any],
+    plans: tuple[SplitPlan, ...],
+    axes: Axes,
+    step: NDArray[np.float32],
+    bits: int,
+    aware: bool,
+    task: Task = NEAREST,
+) -> tuple[NDArray[np.int8], float]:
+    """The integers of each copy on the grid, and the signal-to-noise ratio of the weight they stand for, in dB.
+
+    Quantization-aware splitting rounds the weight on the widened range of its channel, by any rounding, and deals the
+    integer out to the copies (Equation 8); naive splitting rounds each share by itself, to nearest.
+    """
+    grid = Grid(bits)
+    wide = shaped_step(step, axes, weight.ndim, plans)
+    energy = [0.0, 0.0]
+
+    def naive_part(plan: SplitPlan, part: NDArray[Any], steps: NDArray[np.float32]) -> NDArray[np.int8]:
+        shares = expand(part.astype(np.float64), plan, axes.input)
+        steps = steps.take(plan.source, axes.input) if axes.block is not None else steps
+        rounded = np.clip(nearest(shares, steps), -grid.levels, grid.levels)
+        whole = recombine(rounded * steps, plan, axes.input)
+        energy[0] += float(np.sum(np.square(part, dtype=np.float64)))
+        energy[1] += float(np.sum(np.square(whole - part)))
+        return rounded.astype(np.int8)
+
+    def aware_part(plan: SplitPlan, part: NDArray[Any], steps: NDArray[np.float32]) -> NDArray[np.int8]:
+        limit = along(plan.widening * grid.levels, axes.input, part.ndim)
+        return deal(_round(part, steps, limit, energy), plan, axes.input).astype(np.int8)
+
+    if not aware:
+        integers = by_group(naive_part, plans, axes, weight, wide)
+    elif task.rounding == "nearest":
+        integers = by_group(aware_part, plans, axes, weight, wide)
+    else:
+        whole = _rounded(weight, wide, widened_limits(plans, axes, grid.levels), axes, task)
+        for piece in pieces(whole):
+            values = weight[piece].astype(np.float64)
+            energy[0] += _energy(values)
+            values -= whole[piece] * (wide[piece] if wide.shape[0] > 1 else wide)
+            energy[1] += _energy(values)
+        integers = by_group(lambda plan, part: deal(part, plan, axes.input).astype(np.int8), plans, axes, whole)
+    return integers, decibels(*energy)
+
+
+def least_error_threshold(
+    weight: NDArray[Any],
+    plans: tuple[SplitPlan, ...],
+    axes: Axes,
+    threshold: NDArray[np.float64],
+    bits: int,
+    task: Task,
+) -> NDArray[np.float64]:
+    """The fraction of ``threshold``, for all or for each output, with the least squared error of the output.
+
+    Of some fractions far apart first, then of those about the best. The error is ``e' H e`` with the second moments H
+    of the data, of the very integers that ``task`` makes.
+    """
+    grid = Grid(bits)
+    limits = widened_limits(plans, axes, grid.levels)
+    best, least = np.ones(threshold.shape), np.full(threshold.shape, np.inf)
+
+    def attempt(fractions: NDArray[np.float64]) -> None:
+        nonlocal best, least
+        wide = shaped_step(grid.step(threshold * fractions), axes, weight.ndim, plans)
+        error = _rounded(weight, wide, limits, axes, task) * wide.astype(np.float64) - weight
+        costs = _costs(error, axes, task.factors)
+        cost = by_output(costs, axes, len(threshold)).sum(axis=1) if threshold.ndim else costs.sum()
+        best = np.where(cost < least, fractions, best)
+        least = np.minimum(least, cost)
+
+    for fraction in FRACTIONS:
+        attempt(np.full(threshold.shape, fraction))
+    for distance in NARROWER:
+        middle = best
+        for side in (-distance, distance):
+            attempt(np.minimum(middle + side, 1))
+    return threshold * best
+
+
+def refitted_step(
+    weight: NDArray[Any],
+    integers: NDArray[Any],
+    plans: tuple[SplitPlan, ...],
+    axes: Axes,
+    step: NDArray[np.float32],
+    factors: tuple[Factor, ...],
+) -> NDArray[np.float32]:
+    """The step, or that of each output, with which the outputs have the energy of those of the float weight.
+
+    Integers with the least error leave a part of the output out, the more the fewer the bits are, and layer by layer
+    the signal shrinks. So each step is multiplied by ``sqrt(w' H w / q' H q)``, with the second moments H of the data;
+    Banner et al. (NeurIPS 2019, arXiv:1810.05723, Section 3.3) keep the variance of the weights in the same way.
+
+    Args:
+        integers: of the copies, on steps that are no blocks.
+        factors: of the data of each group.
+    """
+    assert axes.block is None
+    whole = by_group(lambda plan, part: recombine(part, plan, axes.input), plans, axes, integers)
+    wanted = _costs(weight.astype(np.float64), axes, factors)
+    found = _costs(whole * shaped_step(step, axes, weight.ndim, plans).astype(np.float64), axes, factors)
+    if step.ndim:
+        wanted, found = (by_output(part, axes, len(step)).sum(axis=1) for part in (wanted, found))
+    else:
+        wanted, found = wanted.sum(keepdims=True), found.sum(keepdims=True)
+    gain = np.ones(found.shape)
+    np.divide(wanted, found, out=gain, where=found > 0)
+    gain = np.clip(np.sqrt(gain), 1 / MOST_REFITTED, MOST_REFITTED)
+    return (step * gain.reshape(step.shape)).astype(np.float32)
+
+
+def weight_sqnr(
+    weight: NDArray[Any], integers: NDArray[Any], plans: tuple[SplitPlan, ...], axes: Axes, step: NDArray[np.float32]
+) -> float:
+    """The signal-to-noise ratio in dB of the weight that the integers of the copies stand for."""
+    whole = by_group(lambda plan, part: recombine(part, plan, axes.input), plans, axes, integers)
+    error = whole * shaped_step(step, axes, weight.ndim, plans).astype(np.float64) - weight
+    return decibels(_energy(weight.astype(np.float64)), _energy(error))
+
+
+def mean_shift(
+    weight: NDArray[Any],
+    integers: NDArray[Any],
+    plans: tuple[SplitPlan, ...],
+    axes: Axes,
+    step: NDArray[np.float32],
+    mean: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """(outputs,), what the outputs lose on average by quantization: ``(w - step * q) E x``.
+
+    Nagel et al., arXiv:1906.04721, Section 4.2. The outputs are those of all groups behind each other.
+
+    Args:
+        integers: of the copies.
+        mean: (groups, n), E x of the data of each group.
+    """
+    wide = shaped_step(step, axes, weight.ndim, plans)
+    whole = by_group(lambda plan, part: recombine(part, plan, axes.input), plans, axes, integers)
+    rows = grouped(weight - whole * wide, axes)
+    return np.stack([part.reshape(len(part), -1) @ middle for part, middle in zip(rows, mean, strict=True)]).reshape(-1)
+
+
+def widened_limits(plans: tuple[SplitPlan, ...], axes: Axes, levels: int) -> NDArray[np.int64]:
+    """(groups, I), the largest integer of each input channel of each group."""
+    limits = np.stack([plan.widening * levels for plan in plans])
+    if axes.groups_on_input:
+        return limits.reshape(axes.groups, -1)
+    return np.broadcast_to(limits, (axes.groups, limits.shape[1]))
+
+
+def _rounded(
+    weight: NDArray[Any], wide: NDArray[np.float32], limits: NDArray[np.int64], axes: Axes, task: Task
+) -> NDArray[Any]:
+    """Integers within the limits by a rounding that looks at whole rows."""
+    rows, steps = grouped(weight, axes), grouped(np.broadcast_to(wide, weight.shape), axes)
+    if not task.factors and (limits == limits[0]).all():  # nothing tells the groups apart
+        rows, steps = (part.reshape(1, -1, *part.shape[2:]) for part in (rows, steps))
+    made = np.empty(rows.shape, np.int16 if limits.max() < 2**15 else np.int64)
+    inner = rows.shape[2] * rows.shape[3]
+    chunk = max(1, (WIDE if task.factors else CHUNK) // inner)
+    for group in range(len(rows)):
+        factor = task.factors[group] if task.factors else None
+        for start in range(0, rows.shape[1], chunk):
+            some = slice(start, start + chunk)
+            part = rows[group, some].astype(np.float64)
+            asked = Rows(part, steps[group, some], limits[group][:, None], factor)
+            made[group, some] = ROUNDINGS[task.rounding](asked)
+    return np.ascontiguousarray(ungrouped(made, axes, weight.shape))
+
+
+def _costs(error: NDArray[np.float64], axes: Axes, factors: tuple[Factor, ...]) -> NDArray[np.float64]:
+    """(groups, rows), ``e' H e`` of each."""
+    rows = grouped(error, axes)
+    return np.stack([factor.cost(part.reshape(len(part), -1)) for factor, part in zip(factors, rows, strict=True)])
+
+
+def _round(
+    weight: NDArray[Any], step: NDArray[np.float32], limit: NDArray[np.int64], energy: list[float]
+) -> NDArray[Any]:
+    """Nearest integers within ±limit; adds the energies of the weight and of the error to ``energy``."""
+    out = np.empty(weight.shape, np.int16 if limit.max() < 2**15 else np.int64)
+    for piece in pieces(weight):
+        values = weight[piece].astype(np.float64)
+        here = step[piece] if step.shape[0] > 1 else step
+        bound = limit[piece] if limit.shape[0] > 1 else limit
+        rounded = nearest(values, here)
+        np.clip(rounded, -bound, bound, out=rounded)
+        out[piece] = rounded
+        energy[0] += _energy(values)
+        rounded *= here
+        rounded -= values
+        energy[1] += _energy(rounded)
+    return out
+
+
+def _energy(values: NDArray[np.float64]) -> float:
+    """The sum of the squares; not by BLAS, whose threads cost more than so short a sum where the cores are shared."""
+    flat = values.reshape(-1)
+    return float(np.einsum("i,i->", flat, flat))
