@@ -115,10 +115,7 @@ def main() -> int:
             tell(f"{name}: time", seconds / base, most)
             tell(f"{name}: memory, in files", peak / size, 3)
         rounded = {
-            name: min(
-                measure(onnx_ocs(source, target, "--bits", 4, "--round", name, "--no-verify", "-q")).seconds
-                for _ in range(arguments.rounds)
-            )
+            name: min(_seconds(source, target, "--bits", 4, "--round", name) for _ in range(arguments.rounds))
             for name in ("nearest", "compensated")
         }
         tell("--bits 4 --round compensated, times nearest", rounded["compensated"] / rounded["nearest"], 5)
@@ -143,8 +140,12 @@ def main() -> int:
 
 def _with_samples(source: Path, images: Path, target: Path) -> float:
     """Seconds of a run that calibrates on images and rounds weights of 4 bits by them."""
-    options = ("--bits", 4, "--act-bits", "none", "--round", "hessian", "--calibrate", images, "--no-verify", "-q")
-    run = measure(onnx_ocs(source, target, *options))
+    return _seconds(source, target, "--bits", 4, "--act-bits", "none", "--round", "hessian", "--calibrate", images)
+
+
+def _seconds(source: Path, target: Path, *options: object) -> float:
+    """Seconds of a run that does not verify."""
+    run = measure(onnx_ocs(source, target, *options, "--no-verify", "-q"))
     assert run.status == 0, run.errors
     return run.seconds
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from onnx_ocs import search
@@ -128,7 +129,10 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     """Options that decide what is done with each layer; absent unless given, so that a preset or recipe can hold."""
     defaults = Recipe()
     parser.add_argument(
-        "--bits", type=_bits, metavar="B", help=f"weight bits, {BITS[0]} to {BITS[-1]}, or none ({defaults.bits})"
+        "--bits",
+        type=_number_or_none("bits"),
+        metavar="B",
+        help=f"weight bits, {BITS[0]} to {BITS[-1]}, or none ({defaults.bits})",
     )
     parser.add_argument(
         "--ratio", type=float, metavar="R", help=f"extra channels, as a share, 0 to 1 ({defaults.ratio})"
@@ -159,7 +163,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     grain.add_argument("--per-tensor", action="store_false", dest="per_channel", help="a scale per weight")
     parser.add_argument(
         "--block",
-        type=_block,
+        type=_number_or_none("input channels"),
         metavar="N",
         help="weights of MatMul and Gemm: a scale for each N input channels and each output channel, or none (none)",
     )
@@ -263,7 +267,10 @@ def _add_activations(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--save-stats", type=Path, metavar="FILE.npz", default=None, help="keep what calibration saw")
     group.add_argument("--stats", type=Path, metavar="FILE.npz", default=None, help="use that in place of samples")
     group.add_argument(
-        "--act-bits", type=_bits, metavar="B", help=f"{BITS[0]} to {BITS[-1]}, or none (8 with samples, else none)"
+        "--act-bits",
+        type=_number_or_none("bits"),
+        metavar="B",
+        help=f"{BITS[0]} to {BITS[-1]}, or none (8 with samples, else none)",
     )
     group.add_argument("--act-clip", metavar="M", help=f"threshold of activations, as --clip ({defaults.act_clip})")
     group.add_argument(
@@ -328,22 +335,16 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--version", action="version", version=f"onnx-ocs {__version__}")
 
 
-def _bits(text: str) -> int | None:
-    if text == "none":
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bits") from None
+def _number_or_none(what: str) -> Callable[[str], int | None]:
+    """Reads a number of ``what``, or none."""
 
+    def read(text: str) -> int | None:
+        try:
+            return None if text == "none" else int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {what}") from None
 
-def _block(text: str) -> int | None:
-    if text == "none":
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of input channels") from None
+    return read
 
 
 def _multiple(text: str) -> int | str:

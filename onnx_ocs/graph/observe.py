@@ -90,8 +90,7 @@ def taken(index: int) -> str:
 
 
 def size(index: int) -> str:
-    """The output with the number of all its values; it is there only where the taken ones and the
-    known sizes do not tell."""
+    """The output with the number of all its values; it is there only where taken values and known sizes do not tell."""
     return f"onnx_ocs.observed.{index}.size"
 
 

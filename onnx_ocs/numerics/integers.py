@@ -103,8 +103,7 @@ def least_error_threshold(
         nonlocal best, least
         wide = shaped_step(grid.step(threshold * fractions), axes, weight.ndim, plans)
         error = _rounded(weight, wide, limits, axes, task) * wide.astype(np.float64) - weight
-        costs = _costs(error, axes, task.factors)
-        cost = by_output(costs, axes, len(threshold)).sum(axis=1) if threshold.ndim else costs.sum()
+        cost = _costs(error, axes, task.factors, threshold.shape)
         best = np.where(cost < least, fractions, best)
         least = np.minimum(least, cost)
 
@@ -136,24 +135,20 @@ def refitted_step(
         factors: of the data of each group.
     """
     assert axes.block is None
-    whole = by_group(lambda plan, part: recombine(part, plan, axes.input), plans, axes, integers)
-    wanted = _costs(weight.astype(np.float64), axes, factors)
-    found = _costs(whole * shaped_step(step, axes, weight.ndim, plans).astype(np.float64), axes, factors)
-    if step.ndim:
-        wanted, found = (by_output(part, axes, len(step)).sum(axis=1) for part in (wanted, found))
-    else:
-        wanted, found = wanted.sum(keepdims=True), found.sum(keepdims=True)
-    gain = np.ones(found.shape)
+    whole = _recombined(integers, plans, axes)
+    wanted = _costs(weight.astype(np.float64), axes, factors, step.shape)
+    found = _costs(whole * shaped_step(step, axes, weight.ndim, plans).astype(np.float64), axes, factors, step.shape)
+    gain = np.ones(step.shape)
     np.divide(wanted, found, out=gain, where=found > 0)
     gain = np.clip(np.sqrt(gain), 1 / MOST_REFITTED, MOST_REFITTED)
-    return (step * gain.reshape(step.shape)).astype(np.float32)
+    return np.asarray(step * gain, np.float32)
 
 
 def weight_sqnr(
     weight: NDArray[Any], integers: NDArray[Any], plans: tuple[SplitPlan, ...], axes: Axes, step: NDArray[np.float32]
 ) -> float:
     """The signal-to-noise ratio in dB of the weight that the integers of the copies stand for."""
-    whole = by_group(lambda plan, part: recombine(part, plan, axes.input), plans, axes, integers)
+    whole = _recombined(integers, plans, axes)
     error = whole * shaped_step(step, axes, weight.ndim, plans).astype(np.float64) - weight
     return decibels(_energy(weight.astype(np.float64)), _energy(error))
 
@@ -175,7 +170,7 @@ def mean_shift(
         mean: (groups, n), E x of the data of each group.
     """
     wide = shaped_step(step, axes, weight.ndim, plans)
-    whole = by_group(lambda plan, part: recombine(part, plan, axes.input), plans, axes, integers)
+    whole = _recombined(integers, plans, axes)
     rows = grouped(weight - whole * wide, axes)
     return np.stack([part.reshape(len(part), -1) @ middle for part, middle in zip(rows, mean, strict=True)]).reshape(-1)
 
@@ -208,10 +203,18 @@ def _rounded(
     return np.ascontiguousarray(ungrouped(made, axes, weight.shape))
 
 
-def _costs(error: NDArray[np.float64], axes: Axes, factors: tuple[Factor, ...]) -> NDArray[np.float64]:
-    """(groups, rows), ``e' H e`` of each."""
+def _costs(
+    error: NDArray[np.float64], axes: Axes, factors: tuple[Factor, ...], shape: tuple[int, ...]
+) -> NDArray[np.float64]:
+    """``e' H e`` in the shape of a step: of all outputs together, (), or of each, (outputs,)."""
     rows = grouped(error, axes)
-    return np.stack([factor.cost(part.reshape(len(part), -1)) for factor, part in zip(factors, rows, strict=True)])
+    costs = np.stack([factor.cost(part.reshape(len(part), -1)) for factor, part in zip(factors, rows, strict=True)])
+    return by_output(costs, axes, *shape).sum(axis=1) if shape else np.asarray(costs.sum())
+
+
+def _recombined(integers: NDArray[Any], plans: tuple[SplitPlan, ...], axes: Axes) -> NDArray[Any]:
+    """What the integers of the copies sum to."""
+    return by_group(lambda plan, part: recombine(part, plan, axes.input), plans, axes, integers)
 
 
 def _round(
