@@ -25,7 +25,8 @@ from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.layers import Layer, find_layers
 from onnx_ocs.graph.model import Model
 from onnx_ocs.graph.observe import observing
-from onnx_ocs.passes.base import observed
+from onnx_ocs.graph.predicted import predicted
+from onnx_ocs.passes.base import observed, signed
 
 PLAIN = """
 import sys
@@ -137,7 +138,8 @@ def _ours(model: Path, samples: Path, batch: int, count: int, stride: int) -> li
     held = Model.load(model)
     editor = Editor(held)
     found = [observed(editor, layer) for layer in find_layers(editor) if isinstance(layer, Layer)]
-    tensors = list({one.key: one for one in found if one is not None}.values())
+    signs = predicted(editor)
+    tensors = [signed(one, signs) for one in {one.key: one for one in found if one is not None}.values()]
     folder = samples.parent
     path, request = folder / f"observing{stride}.onnx", folder / f"request{batch}.{count}.{stride}.json"
     observing(held, tensors, stride).save(path)

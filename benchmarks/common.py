@@ -29,7 +29,10 @@ class Measured:
 
 
 def measure(command: list[str], timeout: float | None = None) -> Measured:
-    """Run ``command`` and measure the process with all of its children."""
+    """Run ``command`` and measure the process with all of its children.
+
+    Python keeps the bytecode of the modules, as it does for an installed package.
+    """
     probe = (
         "import resource, subprocess, sys, time\n"
         "start = time.perf_counter()\n"
@@ -37,8 +40,11 @@ def measure(command: list[str], timeout: float | None = None) -> Measured:
         "used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss\n"
         "print(f'\\n@ {status} {time.perf_counter() - start} {used}', file=sys.stderr)\n"
     )
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
     try:
-        ended = subprocess.run([sys.executable, "-c", probe, *command], capture_output=True, text=True, timeout=timeout)
+        ended = subprocess.run(
+            [sys.executable, "-c", probe, *command], capture_output=True, text=True, timeout=timeout, env=environment
+        )
     except subprocess.TimeoutExpired:
         return Measured(124, float(timeout or 0), 0, "", "timed out")
     errors, _, line = ended.stderr.rpartition("\n@ ")

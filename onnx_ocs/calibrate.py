@@ -3,7 +3,8 @@
 Each batch is folded into sums, extremes and histograms as it passes (:mod:`onnx_ocs.numerics.statistics`); memory does
 not grow with the number of samples. One pass over the samples: the percentile beyond which values count as outliers is
 that of all values seen so far. With a stride above 1 the histograms take every stride-th position (more of tensors
-that have few), from a seeded start that differs from batch to batch; extremes and means are of all values always.
+that have few), from a seeded start that differs from batch to batch; extremes and means are of all values always. Where
+the graph itself keeps a tensor from being negative (behind a Relu), its minimum is then given as 0 and not looked for.
 """
 
 import io
@@ -146,6 +147,9 @@ def observe(request: Request, say: child.Report) -> dict[str, Any]:
         ) from None
     inputs = [item for item in session.inputs if item.name != START]
     recorder = Recorder([tensor.channels for tensor in tensors])
+    looked_for = [LOW in tensor.reductions(request.stride).values() for tensor in tensors]
+    has_low = np.repeat(looked_for, [tensor.channels for tensor in tensors])
+    low = np.zeros(len(has_low), np.float32)
     thin = THIN * STRIDE if request.stride == 1 else THIN
     rng = np.random.default_rng(request.seed)
     samples = 0
@@ -156,7 +160,8 @@ def observe(request: Request, say: child.Report) -> dict[str, Any]:
         if not np.isfinite(found[MEAN]).all():
             raise BadSamples(_place(session, batch, samples, tensors, request))
         values, seen = zip(*(_taken(found, index, tensor) for index, tensor in enumerate(tensors)), strict=True)
-        recorder.add(found[LOW], found[HIGH], found[MEAN], values, seen, thin, batch.count)
+        low[has_low] = found.get(LOW, 0)
+        recorder.add(low, found[HIGH], found[MEAN], values, seen, thin, batch.count)
         samples += batch.count
     if not samples:
         raise BadSamples(f"{request.samples}: there are no samples in it, or fewer than the model takes at once")

@@ -13,7 +13,7 @@ from onnx_ocs.graph.model import Model
 from onnx_ocs.graph.observe import OPSET
 from onnx_ocs.graph.opset import CannotRaise, raise_opset
 from onnx_ocs.graph.predicted import predicted
-from onnx_ocs.passes.base import LayerPlan, Pass, Work, is_visible, observed
+from onnx_ocs.passes.base import LayerPlan, Pass, Work, is_visible, observed, signed
 from onnx_ocs.passes.choose_activation_steps import ChooseActivationSteps
 from onnx_ocs.passes.choose_grid import ChooseGrid
 from onnx_ocs.passes.choose_rounding import ChooseRounding
@@ -137,7 +137,7 @@ def _statistics(run: Run, model: Model, work: Work) -> calibrate.Seen:
     if run.known.seen is None and model.opset() >= OPSET:
         layers = [plan.observed for plan in work.plans if plan.observed and not plan.declined]
         found = layers + [plan.observed for plan in work.tensors]
-        tensors = list({tensor.key: tensor for tensor in found}.values())
+        tensors = [signed(tensor, work.predicted) for tensor in {tensor.key: tensor for tensor in found}.values()]
         assert isinstance(given.samples, Path)
         with run.timed("calibrate"):
             run.known.seen = calibrate.calibrate(

@@ -9,10 +9,12 @@ import sys
 import numpy as np
 import onnx
 import onnx.parser
+import onnxruntime as ort
 import pytest
 from operators import HEAD, with_weights
 
 from onnx_ocs import BadSamples, VerificationFailed, quantize
+from onnx_ocs.calibrate import load
 from onnx_ocs.cli import main
 
 CNN = """g (float[N,3,H,W] x) => (float[N,6,A,B] y) {
@@ -84,6 +86,25 @@ def test_a_stride_of_one_counts_all_values_and_a_larger_one_nearly_as_well():
     every, some = (calibrated(batch, calibration_stride=stride) for stride in (1, 31))
     np.testing.assert_allclose(some, every, rtol=0.15)
     assert some != every
+
+
+@pytest.mark.parametrize("stride", [1, 31])
+def test_extremes_and_means_are_those_of_all_values(tmp_path, stride):
+    """But a minimum that the graph bounds by 0 is looked for only where all values are counted."""
+    batch, model = images(), cnn()
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.linspace(-40, 40, 8).astype(np.float32), "shift"))
+    model.graph.node[0].input.append("shift")  # so that some channels are never 0, and some always
+    quantize(model, calibrate=batch, verify=False, calibration_stride=stride, save_stats=tmp_path / "s.npz")
+    first, second = load(tmp_path / "s.npz").values()
+    model.graph.output.append(onnx.helper.make_tensor_value_info("b", onnx.TensorProto.FLOAT, None))
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    inner = session.run(["b"], {"x": batch})[0]
+    assert inner.min(axis=(0, 2, 3)).max() > 1
+    for seen, values in ((first, batch), (second, inner)):
+        np.testing.assert_allclose(seen.high, values.max(axis=(0, 2, 3)), rtol=1e-5)
+        np.testing.assert_allclose(seen.mean, values.mean(axis=(0, 2, 3)), rtol=1e-4, atol=1e-4)
+        low = values.min(axis=(0, 2, 3)) if stride == 1 or values is batch else np.zeros(len(seen.low))
+        np.testing.assert_allclose(seen.low, low, rtol=1e-5)
 
 
 def test_an_iterable_is_read_no_further_than_asked():

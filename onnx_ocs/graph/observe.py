@@ -5,6 +5,7 @@ The reductions run inside onnxruntime, next to the tensors, so that none of thes
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ ENOUGH = 1024
 LAST = np.iinfo(np.int64).max
 
 LOW, HIGH, MEAN = "onnx_ocs.low", "onnx_ocs.high", "onnx_ocs.mean"
-"""The outputs that hold these figures of the channels of all tensors behind each other."""
+"""The outputs that hold these figures of the channels of all tensors behind each other; ``LOW`` of those tensors
+whose minimum is looked for (:meth:`Observed.reductions`), and missing if there are none."""
 
 REDUCTIONS = {"ReduceMin": LOW, "ReduceMax": HIGH, "ReduceMean": MEAN}
 
@@ -43,18 +45,26 @@ class Observed:
     channels: int
     shape: tuple[int | None, ...] | None = None  # its rank is known wherever the channels are not last
     data_type: int = TensorProto.FLOAT
+    nonnegative: bool = False  # by the graph, whatever the samples
 
     @property
     def key(self) -> str:
         """Names the tensor and the axis."""
         return f"{self.name} {self.axis}"
 
+    def reductions(self, stride: int) -> dict[str, str]:
+        """Operators and outputs of the figures that are of all values; the minimum of a tensor that the graph keeps
+        from being negative is looked for only where all values are taken, and is 0 else.
+        """
+        left_out = {"ReduceMin"} if self.nonnegative and stride > 1 else set()
+        return {op: figure for op, figure in REDUCTIONS.items() if op not in left_out}
+
     @property
     def over(self) -> list[int]:
         """The axes on which values are left out, from the end: those behind the channels, or all before them."""
         return list(range(self.axis + 1, 0)) if self.axis < -1 else [-2]
 
-    @property
+    @cached_property
     def sizes(self) -> list[int] | None:
         """Of these axes, where they are known; None where they are free, and where the channels are last."""
         if self.shape is None or self.axis == -1:
@@ -106,7 +116,7 @@ def observing(model: Model, tensors: list[Observed], stride: int) -> Model:
     build = _Builder(proto.graph, model.opset())
     for index, tensor in enumerate(tensors):
         build.observe(index, tensor, stride)
-    build.join(len(tensors))
+    build.join()
     proto.graph.input.append(helper.make_tensor_value_info(START, TensorProto.INT64, [1]))
     return model.sharing(proto)
 
@@ -117,6 +127,7 @@ class _Builder:
     def __init__(self, graph: onnx.GraphProto, opset: int) -> None:
         self._graph = graph
         self._by_input = opset >= AXES_ARE_INPUTS
+        self._figures: dict[str, list[str]] = {}
 
     def constant(self, name: str, values: list[int]) -> str:
         name = f"onnx_ocs.{name}"
@@ -138,8 +149,9 @@ class _Builder:
             assert tensor.shape is not None
             rank = len(tensor.shape)
             over = [place for place in range(rank) if place != rank + tensor.axis]
-        for op, figure in REDUCTIONS.items():
+        for op, figure in tensor.reductions(stride).items():
             self._reduce(op, values, over, f"{figure}.{index}")
+            self._figures.setdefault(figure, []).append(f"{figure}.{index}")
         if not whole:
             self._slice(values, tensor, steps, name, taken(index))
         elif tensor.axis < -1:
@@ -162,10 +174,10 @@ class _Builder:
         ends = self.constant(f"{name}.ends", [LAST] * len(steps))
         self._node("Slice", [values, start, ends, axes, by], output)
 
-    def join(self, number: int) -> None:
+    def join(self) -> None:
         """The figures of all tensors behind each other."""
-        for figure in REDUCTIONS.values():
-            self._output(self._node("Concat", [f"{figure}.{index}" for index in range(number)], figure, axis=0))
+        for figure, names in self._figures.items():
+            self._output(self._node("Concat", names, figure, axis=0))
 
     def _output(self, name: str, data_type: int = TensorProto.FLOAT) -> None:
         self._graph.output.append(helper.make_tensor_value_info(name, data_type, None))

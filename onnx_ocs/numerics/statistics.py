@@ -6,7 +6,7 @@ magnitude comes, neighbouring parts are joined until it fits. So histograms do n
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -29,8 +29,11 @@ OUTLIERS = 0.99
 GROWN = 1.05
 """The 99th percentile is looked up again when so many times the values have been seen."""
 
-ENOUGH = 2**15
-"""Values of one tensor that wait at most (128 KB, or one batch) before they are folded in."""
+ENOUGH = 2**21
+"""Values of all tensors that wait at most (8 MB, or one batch) before they are folded in."""
+
+TOGETHER = 2**17
+"""Values of one tensor that are counted at a time, so that they stay in the cache, or those of one batch."""
 
 SMALLEST = 2.0**-100
 """The least reach, so that the scale of the parts is a float32 as well."""
@@ -158,9 +161,12 @@ class Recorder:
         self._channels = np.array(channels)
         self._low, self._high = np.full(ends[-1], np.inf), np.full(ends[-1], -np.inf)
         self._sum = np.zeros(ends[-1])
+        self._last: Sequence[int] = ()  # values of each tensor in the last batch
+        self._weights = np.empty(0)  # of each of their channels
         self._tallies = [_Tally(number) for number in channels]
         self._values = np.zeros(len(channels), np.int64)
         self._samples = 0
+        self._waiting = 0  # values that are not folded in yet
 
     def add(
         self,
@@ -182,12 +188,22 @@ class Recorder:
         """
         np.minimum(self._low, low, out=self._low)
         np.maximum(self._high, high, out=self._high)
-        self._sum += mean * np.repeat(np.divide(values, self._channels), self._channels)
+        if values != self._last:
+            self._last = values
+            self._weights = np.repeat(np.divide(values, self._channels), self._channels)
+        self._sum += mean * self._weights
         self._values += values
         self._samples += samples
-        for tally, here, some in zip(self._tallies, self._slices, taken, strict=True):
-            if tally.add(some, thin):
-                tally.fold(self._low[here], self._high[here])
+        for tally, some in zip(self._tallies, taken, strict=True):
+            tally.add(some, thin)
+            self._waiting += some.size
+        if self._waiting >= ENOUGH:
+            self._fold()
+
+    def _fold(self) -> None:
+        for tally, here in zip(self._tallies, self._slices, strict=True):
+            tally.fold(self._low[here], self._high[here])
+        self._waiting = 0
 
     def finish(self) -> list[Statistics]:
         """What was seen of each tensor.
@@ -195,12 +211,12 @@ class Recorder:
         Raises:
             ValueError: nothing was added of one of them.
         """
+        self._fold()
         made = []
         for tally, here, values in zip(self._tallies, self._slices, self._values.tolist(), strict=True):
             if not values:
                 raise ValueError("no values were seen")
             low, high = self._low[here], self._high[here]
-            tally.fold(low, high)
             mean = self._sum[here] * (tally.channels / values)
             made.append(tally.statistics(low, high, mean, values, self._samples))
         return made
@@ -217,42 +233,39 @@ class _Tally:
         self._parts = channel_parts(channels)
         self._channel_counts = np.zeros(channels * self._parts, np.uint32)
         self._shift = (PARTS // self._parts).bit_length() - 1
-        self._starts = (np.arange(channels) * self._parts).reshape(-1, 1)
+        self._starts = (np.arange(channels, dtype=np.int32) * np.int32(self._parts)).reshape(-1, 1)
         self._reach = self._edge_reach = 0.0
         self._edge = self._edge_counted = 0
         self._zeros = 0
         self._counted = 0  # values of each channel in the histogram of the tensor
         self._waiting: list[NDArray[np.float32]] = []
-        self._held, self._thin = 0, 1
+        self._thin = 1
 
-    def add(self, taken: NDArray[np.float32], thin: int) -> bool:
-        """Let values wait; whether it is time to :meth:`fold` them in."""
+    def add(self, taken: NDArray[np.float32], thin: int) -> None:
+        """Let values wait until :meth:`fold`."""
         self._waiting.append(taken)
         self._thin = thin
-        self._held += taken.size
-        return self._held >= ENOUGH
 
     def fold(self, low: NDArray[np.float64], high: NDArray[np.float64]) -> None:
         """Count what waits; ``low`` and ``high`` are those of all values so far."""
         self._reach_to(max(float(high.max()), -float(low.min())))
         self._waiting.sort(key=_inner)
         for _, group in itertools.groupby(self._waiting, _inner):
-            parts = list(group)
-            self._count(np.concatenate(parts) if len(parts) > 1 else parts[0])
+            for some in _portions(group):
+                self._count(some)
         self._waiting.clear()
-        self._held = 0
 
     def _count(self, taken: NDArray[np.float32]) -> None:
         outer, channels, inner = taken.shape
         self._counted += outer * inner
         self._square += np.einsum("ijk,ijk->j", taken, taken)
-        self._zeros += taken.size - int(np.count_nonzero(taken))
+        self._zeros += int(np.count_nonzero(taken == 0))
         if not self._reach:
             self._counts[0] += taken.size
             return
         magnitudes = np.abs(taken)
         magnitudes *= np.float32(PARTS / self._reach)  # a power of two, so that nothing is rounded
-        places = magnitudes.astype(np.intp)
+        places = magnitudes.astype(np.int32)
         flat = places.reshape(-1)
         self._counts += np.bincount(flat, minlength=PARTS)
         beyond = np.flatnonzero(flat >= self._quantile())
@@ -302,6 +315,17 @@ class _Tally:
 
 def _inner(taken: NDArray[np.float32]) -> int:
     return int(taken.shape[2])
+
+
+def _portions(group: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+    """Arrays joined along their first axis, as many as have :data:`TOGETHER` values, or one with more."""
+    parts: list[NDArray[np.float32]] = []
+    for taken in group:
+        if parts and sum(part.size for part in parts) + taken.size > TOGETHER:
+            yield np.concatenate(parts)
+            parts = []
+        parts.append(taken)
+    yield np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def _joined(counts: NDArray[Any], factor: int) -> NDArray[Any]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ from onnx_ocs.graph.contraction import Contraction
 from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.layers import Layer
 from onnx_ocs.graph.observe import Observed
-from onnx_ocs.graph.predicted import Predicted
+from onnx_ocs.graph.predicted import NOTHING, Predicted
 from onnx_ocs.graph.qdq import DataGrid
 from onnx_ocs.graph.streams import Ids, Stream
 from onnx_ocs.numerics.batchnorm import clipped_normal
@@ -359,3 +359,8 @@ def observed(editor: Editor, layer: Layer) -> Observed | None:
     if shape is None and layer.node.op in ("Conv", "ConvTranspose", "Gemm"):
         shape = (None,) * len(layer.weight.shape)
     return Observed(layer.data.name, layer.data_axis, layer.channels, shape, layer.weight.data_type)
+
+
+def signed(tensor: Observed, known: Mapping[str, Predicted]) -> Observed:
+    """With the sign that the graph gives it."""
+    return replace(tensor, nonnegative=known.get(tensor.name, NOTHING).nonnegative)
