@@ -13,6 +13,7 @@ from onnx_ocs.graph.model import Model
 from onnx_ocs.graph.observe import OPSET
 from onnx_ocs.graph.opset import CannotRaise, raise_opset
 from onnx_ocs.graph.predicted import predicted
+from onnx_ocs.numerics.cost import Rates
 from onnx_ocs.passes.base import LayerPlan, Pass, Work, is_visible, observed, signed
 from onnx_ocs.passes.choose_activation_steps import ChooseActivationSteps
 from onnx_ocs.passes.choose_grid import ChooseGrid
@@ -20,6 +21,7 @@ from onnx_ocs.passes.choose_rounding import ChooseRounding
 from onnx_ocs.passes.choose_steps import ChooseSteps
 from onnx_ocs.passes.equalize_layers import EqualizeLayers
 from onnx_ocs.passes.fold_batch_normalization import FoldBatchNormalization
+from onnx_ocs.passes.limit_costs import LimitCosts
 from onnx_ocs.passes.place_tensors import PlaceTensors
 from onnx_ocs.passes.plan_activations import UNCOVERED, PlanActivations
 from onnx_ocs.passes.plan_blocks import PlanBlocks
@@ -81,11 +83,12 @@ def _steps(recipe: Recipe, grid: ChooseGrid, placed: bool) -> list[Pass]:
     acts = recipe.act_bits if not recipe.float or recipe.act_ratio else None
     weights = recipe.bits is not None or recipe.float
     ratio = max(recipe.ratio, recipe.act_ratio, *(float(given.get("ratio", 0)) for _, given in recipe.overrides))
-    limits = recipe.multiples, recipe.max_expand
+    limits, rates = (recipe.multiples, recipe.max_expand), _rates(recipe)
     return [
         PlanActivations(acts, recipe.act_ratio, dynamic, recipe.act_unsigned, recipe.rules.unsigned, recipe.first),
         *([grid] if weights else []),
-        *([PlanStreams(ratio, recipe.folds, recipe.split == "qa", *limits, *_gathers(recipe))] if weights else []),
+        *([PlanStreams(ratio, recipe.folds, recipe.split == "qa", *limits, rates)] if weights else []),
+        *([LimitCosts(recipe.ratio, rates)] if weights and recipe.align == "auto" and recipe.multiples else []),
         *([PlaceTensors(recipe.rules, recipe.act_bits)] if placed else []),
         ChooseActivationSteps(recipe.act_clip, recipe.rules.unsigned),
         *([ChooseRounding(recipe.round, recipe.bias_correction)] if weights else []),
@@ -103,10 +106,11 @@ def _steps(recipe: Recipe, grid: ChooseGrid, placed: bool) -> list[Pass]:
     ]
 
 
-def _gathers(recipe: Recipe) -> tuple[int, int, int]:
-    """Bytes of a value as a Gather moves it, how often it does, and channels that a kernel computes at once."""
-    integers = recipe.act_bits is not None and recipe.rules.gathers_integers and not recipe.float
-    return (1 if integers else 4), recipe.rules.gather_moves, recipe.rules.block
+def _rates(recipe: Recipe) -> Rates:
+    """What copies cost on the runtime that the recipe is for."""
+    rules = recipe.rules
+    integers = recipe.act_bits is not None and rules.gathers_integers and not recipe.float
+    return Rates(1 if integers else 4, rules.gather_moves, rules.block, min(recipe.multiples, default=1))
 
 
 def _containers(run: Run) -> frozenset[int]:

@@ -70,7 +70,7 @@ def test_most_layers_are_split_for_onnxruntime_and_all_run_on_integers(assets, n
     images = np.random.default_rng(0).standard_normal((2, 3, size, size)).astype(np.float32)
     source, target = assets / "models" / f"{name}.onnx", tmp_path / "out.onnx"
     rows = quantize(source, target, target="ort", ratio=0.02, calibrate=images, verify=False).report["layers"]
-    assert sum(row["status"] == "split" for row in rows) > 0.7 * len(rows)
+    assert sum(row["status"] == "split" for row in rows) > 0.5 * len(rows)
     for row in rows:
         if row["extra"]:
             assert (row["channels"] + row["extra"]) % 4 == 0

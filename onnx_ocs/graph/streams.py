@@ -6,6 +6,7 @@ Where every reader of a stream can take a channel twice, its makers can make it 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -30,6 +31,14 @@ class Stream:
     depthwise: tuple[Layer, ...]  # which carry each channel by itself
     passages: tuple[tuple[gs.Node, Passage], ...]  # of all nodes between, in the order of the graph
     homogeneous: bool  # whether a positive factor of a channel passes from the makers to the readers
+
+    @cached_property
+    def parts(self) -> NDArray[np.int64]:
+        """(channels,), a number that is the same for channels that the same layers make, counted from 0."""
+        made = np.zeros((len(self.makers), self.channels), bool)
+        for row, layer in enumerate(self.makers):
+            made[row, self.ids[layer.node.outputs[0].name]] = True
+        return np.unique(made, axis=1, return_inverse=True)[1].reshape(-1)
 
     def sources(self, copies: NDArray[np.int64]) -> dict[str, Ids]:
         """Of each tensor, which of its channels each channel copies once channel ``c`` of the stream has ``copies[c]``.

@@ -4,8 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MACS_PER_BYTE = 8.0
-"""Products of an integer kernel in the time in which one byte is moved (read and written once)."""
+MACS_PER_BYTE = 16.0
+"""Products of an integer kernel in the time in which one byte is moved (read and written once), on a CPU with VNNI;
+about half as many without."""
+
+NODE = 20_000.0
+"""Bytes moved in the time that one more node takes by itself."""
 
 DEPTHWISE = 8.0
 """Products of other layers in the time of one of a depthwise layer, whose data is used once."""
@@ -30,10 +34,30 @@ class Cost:
         return self.bytes + self.macs / MACS_PER_BYTE
 
 
-def columns(outputs: int, block: int) -> float:
-    """The channels that take as long where a kernel computes ``block`` at once: a rest takes one and a half blocks."""
+ALIGNED_REST, REST = 1.25, 4.0
+"""Blocks of output channels in the time that a kernel takes for those that fill none: a multiple of what it wants, or
+another number."""
+
+TAIL, POOL_TAIL, DEPTHWISE_TAIL = 16.0, 128.0, 512.0
+"""Bytes moved in the time that channels which fill no block add at each position of an output, by the kind of layer."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How a runtime moves and computes channels."""
+
+    itemsize: int = 4  # bytes of a value as it is gathered
+    moves: int = 1  # how often a Gather moves the data, with what the runtime puts around it
+    block: int = 1  # output channels that a kernel computes at once
+    multiple: int = 1  # of output channels that it wants at least
+
+
+def columns(outputs: int, block: int, multiple: int = 1) -> float:
+    """The channels that take as long where a kernel computes ``block`` at once and wants a multiple of ``multiple``."""
     whole, rest = divmod(outputs, block)
-    return (whole + 1.5 if rest else whole) * block
+    if rest:
+        whole += ALIGNED_REST if multiple > 1 and rest % multiple == 0 else REST  # type: ignore[assignment]
+    return float(whole * block)
 
 
 @dataclass(frozen=True)

@@ -198,6 +198,23 @@ class Picks:
         return 1 + np.bincount(self.order[:extra], minlength=self.of)
 
 
+def filled(picks: Picks, exact: int, part: NDArray[np.int64], multiple: int) -> NDArray[np.int64]:
+    """(C,), how often each channel stands with the first ``exact`` copies, and those later ones that fill its part.
+
+    Args:
+        part: (C,), which part each channel is of; with copies, the channels of a part make a multiple of ``multiple``.
+    """
+    copies = picks.copies(exact)
+    held = np.bincount(part)
+    grown = np.bincount(part, copies)
+    missing = np.where(grown > held, -grown % multiple, 0).astype(np.int64)
+    for channel in [*picks.order[exact:].tolist(), *np.tile(np.arange(picks.of), multiple).tolist()]:
+        if missing[part[channel]]:
+            missing[part[channel]] -= 1
+            copies[channel] += 1
+    return copies
+
+
 def _picked(of: int, order: list[int], left: list[float]) -> Picks:
     return Picks(of, np.array(order, np.int64), np.array(left))
 

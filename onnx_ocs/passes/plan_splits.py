@@ -17,6 +17,7 @@ from onnx_ocs.numerics.split import (
     SplitPlan,
     arranged,
     extra_channels,
+    filled,
     in_blocks,
     joined,
     matching,
@@ -74,7 +75,8 @@ class PlanSplits:
 
     def _unsplit(self, work: Work, plan: LayerPlan) -> LayerPlan:
         weight = work.values(plan)
-        reason = unsplit(plan, ratio_of(plan, self.ratio)) if self.stored else "its weights stay float (--bits none)"
+        reason = plan.reason or unsplit(plan, ratio_of(plan, self.ratio))
+        reason = reason if self.stored else "its weights stay float (--bits none)"
         if reason is None and plan.stream is None and not channel_peaks(weight, plan.axes).any():
             reason = "all its weights are zero"
         return replace(plan, reason=reason, splits=no_split(weight, plan.axes))
@@ -120,12 +122,26 @@ class PlanSplits:
             return self._shared_out(work, choice, stream, chosen)
         picks = self._picks(work, choice, chosen.extra)
         copies = [each.copies() for each in picks]
+        if stream is not None and (wide := self._filled(work, choice, stream)) is not None:
+            copies, chosen = [wide], Room(int(wide.sum()) - len(wide), min(self.multiples))
         if stream is None:
             splits = group_plans(copies, self.policy, first.axes.groups_on_input)
             splits = splits if block is None else (in_blocks(splits[0], block),)
             return [replace(plan, splits=splits, room=chosen) for plan in plans]
         work.widened.append(Widened(stream, stream.sources(copies[0])))
         return [replace(plan, splits=(self._arranged(work, plan, copies[0]),), room=chosen) for plan in plans]
+
+    def _filled(self, work: Work, choice: "_Choice", stream: Stream) -> NDArray[np.int64] | None:
+        """Copies with which each layer that makes them has the multiple of channels; None if those are too many."""
+        multiple = min(self.multiples, default=1)
+        parts = int(stream.parts.max()) + 1
+        if multiple == 1 or parts == 1:
+            return None
+        (picks,) = self._picks(work, choice, choice.extra + 2 * multiple * parts)
+        copies = filled(picks, choice.extra, stream.parts, multiple)
+        whole = int(copies.sum())
+        fits = whole - choice.channels <= max(self.most * choice.channels, choice.extra)
+        return copies if fits and whole % multiple == 0 else None
 
     def _shared_out(self, work: Work, choice: "_Choice", stream: Stream, chosen: Room) -> list[LayerPlan]:
         """Copies that are shares of the data, which all plans read, and of them again copies for the weights."""

@@ -40,12 +40,13 @@ def test_without_multiples_the_number_is_exact():
 
 
 def test_columns_are_whole_blocks_and_a_rest_costs_more():
-    assert columns(64, 16) == 64
-    assert columns(65, 16) == 88
+    assert columns(64, 16, 4) == 64
+    assert columns(68, 16, 4) == 84
+    assert columns(65, 16, 4) == 128
     assert columns(5, 1) == 5
 
 
 def test_costs_add_up():
-    total = Cost(bytes=10, macs=16) + Cost(bytes=1)
-    assert total == Cost(11, 16)
+    total = Cost(bytes=10, macs=32) + Cost(bytes=1)
+    assert total == Cost(11, 32)
     assert total.total == 13

@@ -14,6 +14,7 @@ from onnx_ocs.numerics.split import (
     divisor,
     expand,
     extra_channels,
+    filled,
     in_blocks,
     joined,
     joint_blocks,
@@ -118,6 +119,24 @@ def test_the_greedy_choice_per_row_lowers_the_squared_thresholds_most(seed, outp
     assert found.sum() == wanted.sum()
     ours, theirs = (np.square(shares_after(peaks, n, policy).max(axis=1)).sum() for n in (found, wanted))
     assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+@given(st.data(), st.integers(0, 12), st.integers(1, 5))
+def test_parts_with_copies_are_filled_to_a_multiple_and_others_stay(data, exact, multiple):
+    part = np.array(data.draw(st.lists(st.integers(0, 3), min_size=2, max_size=12)))
+    part = np.unique(part, return_inverse=True)[1]
+    peaks = np.array(data.draw(st.lists(st.integers(0, 9), min_size=len(part), max_size=len(part))), np.float64)
+    more = data.draw(st.integers(0, 20))  # whether enough picks are offered or not
+    picks = picks_per_tensor(peaks, exact + more)
+    asked, copies = picks.copies(exact), filled(picks, exact, part, multiple)
+    assert (copies >= asked).all()
+    for here in range(part.max() + 1):
+        held, grown = (part == here).sum(), copies[part == here].sum()
+        if asked[part == here].sum() == held:
+            assert grown == held
+        else:
+            assert grown % multiple == 0
+            assert grown < asked[part == here].sum() + multiple
 
 
 def test_a_row_whose_peak_stands_twice_is_split_all_the_same():

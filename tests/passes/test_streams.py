@@ -280,6 +280,20 @@ def test_a_gather_is_shared_by_the_readers_of_a_tensor():
     assert gathers(result) == 1
 
 
+@pytest.mark.parametrize("ratio", [0.3, 0.5])
+def test_layers_that_make_parts_of_the_channels_each_get_a_multiple(ratio):
+    text = "d = Conv <pads=[1,1,1,1]> (x, w2)\n k = Concat <axis=1> (c, d)\n m = Relu (k)"
+    result = same(conv_chain(text), ratio=ratio, align=4, max_expand=1)
+    rows = result.report["layers"]
+    assert rows[-1]["copies"] == "folded"
+    makers = [row["widened"] or C for row in rows[:2]]
+    assert sum(makers) == 2 * C + rows[-1]["extra"]
+    assert sum(makers) % 4 == 0
+    assert all(number in (C, 8, 12) for number in makers)
+    tight = same(conv_chain(text), ratio=ratio, align=4, max_expand=0.34).report["layers"][-1]
+    assert tight["extra"] <= max(4, np.ceil(ratio * 2 * C))
+
+
 def test_never_keeps_every_gather():
     assert gathers(same(conv_chain("m = Relu (c)"), fold="never")) == 1
 

@@ -228,7 +228,8 @@ def test_raised_thresholds_keep_more_than_seven_bits(images):
 
 
 @pytest.mark.parametrize(("target", "multiple"), [("ort", 4), ("openvino", 4), ("generic", 1)])
-def test_channels_are_aligned_where_the_data_is_quantized(target, multiple, images):
+def test_channels_are_aligned_where_the_data_is_quantized(target, multiple, images, monkeypatch):
+    monkeypatch.setattr("onnx_ocs.passes.limit_costs.KEPT", 1)
     rows = made(images, target=target, max_expand=0.5).report["layers"]
     for row in rows:
         if row["extra"]:
@@ -338,3 +339,51 @@ def test_a_clip_in_front_of_a_narrow_grid_leaves_the_conv_an_integer_kernel(act_
     result = quantize(model, calibrate=images, target="ort", act_bits=act_bits, first="same", min_sqnr=10)
     operators = integer_operators(result.model, tmp_path)
     assert operators["QLinearConv"] == 2
+
+
+WIDE = f"""{HEAD} g (float[N,3,32,32] x) => (float[N,8,32,32] y) {{
+    a = Conv <pads=[1,1,1,1]> (x, w1)
+    b = Relu (a)
+    c = Conv (b, w2)
+    d = Relu (c)
+    e = Conv <pads=[1,1,1,1]> (d, w3)
+    f = Relu (e)
+    h = Conv <pads=[1,1,1,1]> (f, w4)
+    i = Relu (h)
+    y = Conv <pads=[1,1,1,1]> (i, w5)
+}}"""
+
+
+def wide():
+    """A narrow 1x1 layer on much data, where copies cost as much as the layer, in front of wide ones."""
+    model, rng = onnx.parser.parse_model(WIDE), np.random.default_rng(0)
+    shapes = {"w1": (32, 3, 3, 3), "w2": (128, 32, 1, 1), "w3": (128, 128, 3, 3), "w4": (128, 128, 3, 3)}
+    for name, shape in {**shapes, "w5": (8, 128, 3, 3)}.items():
+        values = (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    return model
+
+
+@pytest.mark.parametrize(("options", "kept"), [({}, 3), ({"ratio": 0.2}, 4), ({"align": 4}, 4), ({"align": 1}, 4)])
+def test_copies_that_cost_too_much_are_left_out(options, kept, monkeypatch):
+    """The least of all that would be needed, and most layers keep theirs in any case."""
+    monkeypatch.setattr("onnx_ocs.passes.limit_costs.SPARED", 0.05)
+    samples = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
+    rows = quantize(wide(), calibrate=samples, target="ort", round="nearest", verify=False, **options).report["layers"]
+    assert [row["status"] for row in rows[1:]].count("split") == kept
+    for row in rows[1:]:
+        if row["status"] != "split":
+            assert row["extra"] == 0
+            assert "too much" in row["reason"]
+            assert "--align 4" in row["reason"]
+
+
+def test_most_layers_keep_their_copies_and_so_does_what_was_asked_for_by_name(monkeypatch):
+    monkeypatch.setattr("onnx_ocs.passes.limit_costs.SPARED", 0.0)
+    monkeypatch.setattr("onnx_ocs.passes.limit_costs.KEPT", 0.5)
+    samples = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
+    options = {"calibrate": samples, "target": "ort", "round": "nearest", "verify": False, "ratio": 0.0}
+    rows = quantize(wide(), **{**options, "ratio": 0.001}).report["layers"]
+    assert sum(row["status"] == "split" for row in rows) == 2
+    rows = quantize(wide(), **options, layer=".*:ratio=0.02").report["layers"]
+    assert sum(row["status"] == "split" for row in rows) == 4
