@@ -387,3 +387,20 @@ def test_most_layers_keep_their_copies_and_so_does_what_was_asked_for_by_name(mo
     assert sum(row["status"] == "split" for row in rows) == 2
     rows = quantize(wide(), **options, layer=".*:ratio=0.02").report["layers"]
     assert sum(row["status"] == "split" for row in rows) == 4
+
+
+@pytest.mark.parametrize("bias", [(12, 1), (1, 20), (12, 20)])
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_bias_of_a_gemm_with_its_weight_on_the_left_stays_float(target, bias):
+    """Its outputs lie along the rows, and there is no integer kernel with a scale for each."""
+    text = "(float[16,20] x) => (float[12,20] y) { y = Gemm (w, x, b) }"
+    model, rng = onnx.parser.parse_model(f"{HEAD} g {text}"), np.random.default_rng(0)
+    for name, shape in (("w", (12, 16)), ("b", bias)):
+        model.graph.initializer.append(
+            onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
+        )
+    samples = [{"x": rng.standard_normal((16, 20)).astype(np.float32)} for _ in range(4)]
+    result = quantize(model, calibrate=samples, target=target, ratio=0.1, first="same")
+    assert result.report["layers"][0]["act_bits"] == 8
+    assert result.report["verification"]["quantized"]["sqnr_db"] > 30
+    assert not any(tensor.data_type == onnx.TensorProto.INT32 for tensor in result.model.graph.initializer)
