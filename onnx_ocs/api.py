@@ -23,6 +23,10 @@ from onnx_ocs.run import Calibration, Source, on_disk
 from onnx_ocs.search import Goal
 from onnx_ocs.targets import TARGETS
 
+ASSUMED = 5
+"""Bits up to which weights are rounded by assumed second moments where there are no samples: it takes longer than
+``compensated``, and with more bits it gains little."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -163,9 +167,10 @@ def resolve(
         given.setdefault("act_bits", 8)
     decided = {**(stored or {}), **(PRESETS.get(preset or "", {})), **given}
     if "round" not in decided:
-        data = sampled and decided.get("bits", 8) is not None and not decided.get("float", False)
+        bits = None if decided.get("float", False) else decided.get("bits", 8)
+        without = "assumed" if isinstance(bits, int) and bits <= ASSUMED else "compensated"
         naive = decided.get("split") == "naive"
-        given["round"] = "nearest" if naive else "hessian" if data else "compensated"
+        given["round"] = "nearest" if naive else "hessian" if sampled and bits is not None else without
     made = Recipe.of(given, preset, stored)
     if made.needs_moments and not sampled and not made_up:
         raise ValueError("round hessian needs samples (--calibrate); --round compensated does without")

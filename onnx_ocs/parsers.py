@@ -141,15 +141,16 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--clip",
         metavar="M",
         help=(
-            f"threshold of the weights: {', '.join(clip_names())}, or auto: with --round hessian the least error of "
-            f"the output, else none ({defaults.clip})"
+            f"threshold of the weights: {', '.join(clip_names())}, or auto: with --round hessian or assumed the "
+            f"least error of the output, else none ({defaults.clip})"
         ).replace("%", "%%"),
     )
     parser.add_argument(
         "--round",
         choices=CHOICES["round"],
         help="nearest; compensated: error sums of kernels and outputs vanish; hessian: the least error of the output "
-        "on the samples (hessian with --calibrate, else compensated)",
+        "on the samples; assumed: the same on data as it mostly is (hessian with --calibrate, else assumed with 5 bits "
+        "or fewer, and compensated, which is faster, with more)",
     )
     parser.add_argument(
         "--bias-correction",

@@ -1,0 +1,1 @@
+from onnx_ocs.numerics import assumed as assumed  # registers its rounding

@@ -8,12 +8,13 @@ from numpy.typing import NDArray
 
 from onnx_ocs.numerics.compare import decibels
 from onnx_ocs.numerics.grid import CHUNK, Grid, nearest, pieces
-from onnx_ocs.numerics.rounding import ROUNDINGS, Factor, Rows
+from onnx_ocs.numerics.rounding import ROUNDINGS, Rows, SecondMoments
 from onnx_ocs.numerics.split import SplitPlan, along, deal, expand, recombine
 from onnx_ocs.numerics.weights import Axes, by_group, by_output, grouped, shaped_step, ungrouped
 
-FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6)
-"""Of the largest share, that are tried as the threshold with the least error of the output."""
+FRACTIONS = {"hessian": (1.0, 0.9, 0.8, 0.7, 0.6), "assumed": (1.0, 0.9, 0.8)}
+"""Of the largest share, that are tried as the threshold with the least error of the output; not as small where the data
+is assumed, of which the largest weights may meet more than that."""
 
 NARROWER = (0.05, 0.025)
 """How far on either side of the best so far it is looked for next."""
@@ -30,7 +31,7 @@ class Task:
     """How a weight is rounded, and what that rests on."""
 
     rounding: str = "nearest"
-    factors: tuple[Factor, ...] = ()  # of the data of each group, for ``hessian``
+    factors: tuple[SecondMoments, ...] = ()  # of the data of each group, for ``hessian`` and ``assumed``
 
 
 NEAREST = Task()
@@ -107,7 +108,7 @@ def least_error_threshold(
         best = np.where(cost < least, fractions, best)
         least = np.minimum(least, cost)
 
-    for fraction in FRACTIONS:
+    for fraction in FRACTIONS[task.rounding]:
         attempt(np.full(threshold.shape, fraction))
     for distance in NARROWER:
         middle = best
@@ -122,7 +123,7 @@ def refitted_step(
     plans: tuple[SplitPlan, ...],
     axes: Axes,
     step: NDArray[np.float32],
-    factors: tuple[Factor, ...],
+    factors: tuple[SecondMoments, ...],
 ) -> NDArray[np.float32]:
     """The step, or that of each output, with which the outputs have the energy of those of the float weight.
 
@@ -188,7 +189,8 @@ def _rounded(
 ) -> NDArray[Any]:
     """Integers within the limits by a rounding that looks at whole rows."""
     rows, steps = grouped(weight, axes), grouped(np.broadcast_to(wide, weight.shape), axes)
-    if not task.factors and (limits == limits[0]).all():  # nothing tells the groups apart
+    alike = all(factor is task.factors[0] for factor in task.factors)
+    if alike and (limits == limits[0]).all():  # nothing tells the groups apart
         rows, steps = (part.reshape(1, -1, *part.shape[2:]) for part in (rows, steps))
     made = np.empty(rows.shape, np.int16 if limits.max() < 2**15 else np.int64)
     inner = rows.shape[2] * rows.shape[3]
@@ -204,7 +206,7 @@ def _rounded(
 
 
 def _costs(
-    error: NDArray[np.float64], axes: Axes, factors: tuple[Factor, ...], shape: tuple[int, ...]
+    error: NDArray[np.float64], axes: Axes, factors: tuple[SecondMoments, ...], shape: tuple[int, ...]
 ) -> NDArray[np.float64]:
     """``e' H e`` in the shape of a step: of all outputs together, (), or of each, (outputs,)."""
     rows = grouped(error, axes)

@@ -7,6 +7,7 @@ function from some outputs of a layer to their integers. They differ in the erro
 ``nearest``    ``sum e^2`` (Zhao et al., arXiv:1901.09504, Section 3.3)
 ``compensated``  ``sum e^2`` after the sums of ``e`` over each kernel and each output: no data (as SQuant, Guo et al.,
                ICLR 2022, arXiv:2202.07471)
+``assumed``    ``e' H e`` with second moments ``H`` that data is taken to have (:mod:`onnx_ocs.numerics.assumed`)
 ``hessian``    ``e' H e`` with the second moments ``H`` of the data that the weights are multiplied by: the squared
                error of the output (OBQ, arXiv:2208.11580; GPTQ, arXiv:2210.17323)
 =============  =========================================================================================================
@@ -14,7 +15,7 @@ function from some outputs of a layer to their integers. They differ in the erro
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,10 @@ SWEEPS = 2
 """Times that ``hessian`` looks at each weight again."""
 
 
+BY_MOMENTS = {"hessian", "assumed"}
+"""Roundings that make the error of the outputs least, as far as second moments of the data tell it."""
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Some outputs of one group of a layer: what each is a sum of."""
@@ -38,7 +43,15 @@ class Rows:
     values: NDArray[np.float64]  # (O, I, K): outputs, input channels, positions of the kernel
     step: NDArray[Any]  # broadcasts to them
     limit: NDArray[np.int64]  # (I, 1), of the integers of each input channel
-    factor: "Factor | None" = None  # of the second moments of the data
+    factor: "SecondMoments | None" = None  # of the data
+
+
+class SecondMoments(Protocol):
+    """H, in a form that roundings use."""
+
+    def cost(self, error: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(O,), ``e' H e`` of each row of ``error``, (O, n)."""
+        ...
 
 
 Integers = NDArray[np.float64]  # (O, I, K), whole numbers within the limits
@@ -185,7 +198,7 @@ def error_propagating(rows: Rows) -> Integers:
     GPTQ is: arXiv:2210.17323, Algorithm 1). Then each weight is looked at again, in the same order, and goes where the
     error is least with all others as they are.
     """
-    assert rows.factor is not None
+    assert isinstance(rows.factor, Factor)
     order, upper = rows.factor.order, rows.factor.upper
     outputs, _, kernel = rows.values.shape
     values = rows.values.reshape(outputs, -1)[:, order]

@@ -16,6 +16,7 @@ from onnx_ocs.graph.observe import Observed
 from onnx_ocs.graph.predicted import NOTHING, Predicted
 from onnx_ocs.graph.qdq import DataGrid
 from onnx_ocs.graph.streams import Ids, Stream
+from onnx_ocs.numerics.assumed import Assumed
 from onnx_ocs.numerics.batchnorm import clipped_normal
 from onnx_ocs.numerics.cost import Cost, Room
 from onnx_ocs.numerics.grid import Grid
@@ -281,6 +282,8 @@ class Work:
 
     def task(self, plan: LayerPlan) -> Task:
         """How the weight of ``plan`` is rounded; the factors of the last layer asked for are kept."""
+        if plan.rounding == "assumed":
+            return Task("assumed", self._assumed(plan))
         if plan.rounding != "hessian":
             return Task(plan.rounding)
         assert plan.contraction is not None
@@ -292,6 +295,16 @@ class Work:
             factors = tuple(factorized(moments.of_group(group, plan.corrected)) for group in groups)
             self._task = key, Task("hessian", factors)
         return self._task[1]
+
+    def _assumed(self, plan: LayerPlan) -> tuple[Assumed, ...]:
+        """The second moments that the data of each group is taken to have; one object for groups that are alike."""
+        found = self.inputs(plan)
+        found = found.centered if plan.corrected else found
+        kernel = plan.layer.weight.shape[2:] if plan.axes.kernel else ()
+        mean, variance = (part.reshape(len(part), -1, math.prod(kernel)) for part in (found.mean, found.variance))
+        if (mean == mean[0]).all() and (variance == variance[0]).all():
+            return (Assumed(mean[0], variance[0], kernel),) * len(mean)
+        return tuple(Assumed(*group, kernel) for group in zip(mean, variance, strict=True))
 
     def readers(self) -> Mapping[tuple[Any, ...], int]:
         """How many layers will read each new weight."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from onnx_ocs.graph.biases import bias_of
+from onnx_ocs.numerics.assumed import fits
 from onnx_ocs.passes.base import LayerPlan, Work
 
 
@@ -24,5 +25,8 @@ class ChooseRounding:
         moments = work.moments(plan)
         if rounding == "hessian" and (moments is None or moments.second is None):
             rounding, reason = "compensated", "nothing is known of its data"
+        kernel = plan.layer.weight.shape[2:] if plan.axes.kernel else ()
+        if rounding == "assumed" and not fits(plan.expanded, kernel):
+            rounding, reason = "compensated", "its kernels are too large for matrices of their positions"
         corrected = self.correct and work.mean(plan) is not None and bias_of(work.editor, plan.layer) is not None
         return replace(plan, rounding=rounding, rounding_reason=reason, corrected=corrected)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from onnx_ocs.numerics.grid import Grid
 from onnx_ocs.numerics.integers import least_error_threshold, split_integers
+from onnx_ocs.numerics.rounding import BY_MOMENTS
 from onnx_ocs.numerics.saturation import kernel_order, row_sums, widened
 from onnx_ocs.numerics.weights import choose_threshold
 from onnx_ocs.passes.base import LayerPlan, Work
@@ -52,13 +53,13 @@ class ChooseSteps:
     def _threshold(self, work: Work, plan: LayerPlan) -> NDArray[np.float64]:
         assert plan.bits is not None
         clip = plan.given.get("clip", self.clip)
-        chosen, hessian = clip == "auto", plan.rounding == "hessian"
-        if chosen and not hessian and plan.planned is not None:
+        chosen, moments = clip == "auto", plan.rounding in BY_MOMENTS
+        if chosen and not moments and plan.planned is not None:
             return plan.planned
         weight = work.values(plan)
         clip = "none" if chosen else clip
         threshold = choose_threshold(weight, plan.splits, plan.axes, plan.per_channel, clip, plan.bits)
-        if not chosen or not hessian or plan.block is not None:
+        if not chosen or not moments or plan.block is not None:
             return threshold
         return least_error_threshold(weight, plan.splits, plan.axes, threshold, plan.bits, work.task(plan))
 

@@ -12,6 +12,7 @@ from onnx_ocs.graph.streams import Stream
 from onnx_ocs.numerics.cost import Room, room
 from onnx_ocs.numerics.grid import Grid
 from onnx_ocs.numerics.planning import Inputs, Joint, allocated, noise_to_signal, picks_together
+from onnx_ocs.numerics.rounding import BY_MOMENTS
 from onnx_ocs.numerics.split import (
     Picks,
     SplitPlan,
@@ -201,8 +202,8 @@ class PlanSplits:
         ]
 
     def _planned(self, work: Work, plan: LayerPlan) -> LayerPlan:
-        """With the threshold of each output, or of all, that goes with the copies; ``hessian`` finds its own."""
-        if plan.declined or plan.block is not None or plan.bits is None or plan.rounding == "hessian":
+        """With the threshold of each output, or of all, that goes with the copies; some roundings find their own."""
+        if plan.declined or plan.block is not None or plan.bits is None or plan.rounding in BY_MOMENTS:
             return plan
         groups = plan.axes.groups
         if plan.axes.groups_on_input:
