@@ -82,12 +82,12 @@ def _steps(recipe: Recipe, grid: ChooseGrid, placed: bool) -> list[Pass]:
     dynamic = recipe.act_split == "dynamic"
     acts = recipe.act_bits if not recipe.float or recipe.act_ratio else None
     weights = recipe.bits is not None or recipe.float
-    ratio = max(recipe.ratio, recipe.act_ratio, *(float(given.get("ratio", 0)) for _, given in recipe.overrides))
     limits, rates = (recipe.multiples, recipe.max_expand), _rates(recipe)
+    streams = PlanStreams(recipe.ratio, recipe.act_ratio, recipe.folds, recipe.split == "qa", *limits, rates)
     return [
         PlanActivations(acts, recipe.act_ratio, dynamic, recipe.act_unsigned, recipe.rules.unsigned, recipe.first),
         *([grid] if weights else []),
-        *([PlanStreams(ratio, recipe.folds, recipe.split == "qa", *limits, rates)] if weights else []),
+        *([streams] if weights else []),
         *([LimitCosts(recipe.ratio, rates)] if weights and recipe.align == "auto" and recipe.multiples else []),
         *([PlaceTensors(recipe.rules, recipe.act_bits)] if placed else []),
         ChooseActivationSteps(recipe.act_clip, recipe.rules.unsigned),

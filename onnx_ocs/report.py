@@ -60,9 +60,9 @@ def _threshold(plan: LayerPlan) -> list[float] | None:
 def _copies(plan: LayerPlan) -> dict[str, Any]:
     """How many channels were asked for and how many there are, and who makes them."""
     widened = None if plan.outputs is None else len(plan.outputs)
-    if not plan.static_extra:
-        return {"copies": None, "widened": widened}
     costs = {name: {"bytes": cost.bytes, "macs": cost.macs} for name, cost in (plan.costs or {}).items()}
+    if not plan.static_extra:
+        return {"copies": None, "costs": costs or None, "widened": widened}
     return {
         "copies": "gathered" if plan.stream is None else "folded",
         "copies_reason": plan.copied,

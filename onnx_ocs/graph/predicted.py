@@ -108,7 +108,7 @@ def _clipped(known: Predicted, low: float, high: float) -> Predicted:
     parts = tuple(
         Normalized(part.mean, part.variance, max(low, part.low), min(high, part.high)) for part in known.parts
     )
-    return Predicted(parts, known.nonnegative or low >= 0)
+    return Predicted(parts, high >= 0 and (known.nonnegative or low >= 0))
 
 
 @follows("Sigmoid", "HardSigmoid", "Softmax", "Exp", "Abs", "Sqrt", "Softplus")
@@ -134,8 +134,32 @@ def reshaped(place: Place, inputs: list[Predicted]) -> Predicted:
     return inputs[0] if kept else Predicted((), inputs[0].nonnegative)
 
 
-@follows("MaxPool", "AveragePool", "GlobalMaxPool", "ReduceMean", "ReduceMax", "Pad", "Slice", "Transpose", "Resize")
+@follows("MaxPool", "AveragePool", "GlobalMaxPool", "ReduceMean", "ReduceMax", "Slice", "Transpose")
 def same_sign(place: Place, inputs: list[Predicted]) -> Predicted:
+    return Predicted((), inputs[0].nonnegative)
+
+
+@follows("Pad")
+def padded(place: Place, inputs: list[Predicted]) -> Predicted | None:
+    """By a constant that may be negative, or by values of the data."""
+    node = place.node
+    filler = np.array(node.attrs.get("value", 0.0))
+    if len(node.inputs) > 2 and node.inputs[2].name:
+        found = place.values(2)
+        if found is None:
+            return None
+        filler = found
+    constant = node.attrs.get("mode", "constant") == "constant"
+    return Predicted((), inputs[0].nonnegative and not (constant and (filler < 0).any()))
+
+
+@follows("Resize")
+def resized(place: Place, inputs: list[Predicted]) -> Predicted | None:
+    """Cubic interpolation goes beyond the data, and extrapolation has a value of its own."""
+    attributes = place.node.attrs
+    beyond = attributes.get("coordinate_transformation_mode") == "tf_crop_and_resize"
+    if attributes.get("mode", "nearest") == "cubic" or beyond:
+        return None
     return Predicted((), inputs[0].nonnegative)
 
 

@@ -22,7 +22,7 @@ class Prices:
         """What a layer costs as it is: its products, its weight read, and its output written."""
         values = self._applied(layer) * self._outputs(layer)
         moved = (math.prod(layer.weight.shape) + values * self.rates.itemsize) / 2
-        return Cost(bytes=moved + NODE, macs=self._products(layer))
+        return Cost(bytes=moved + self._node(layer), macs=self._products(layer))
 
     def wider(self, layer: Layer, extra: int) -> Cost:
         """What a layer costs more that reads ``extra`` more channels."""
@@ -32,7 +32,7 @@ class Prices:
     def gather(self, layer: Layer, extra: int) -> Cost:
         """All data of a layer is moved, with ``extra`` more channels."""
         values = self._positions(layer.data.name, layer.data_axis) * (layer.channels + extra)
-        return Cost(bytes=self.rates.moves * (values * self.rates.itemsize + NODE))
+        return Cost(bytes=self.rates.moves * (values * self.rates.itemsize + self._node(layer)))
 
     def fold(self, stream: Stream, extra: int) -> Cost:
         """Each maker computes its share of ``extra`` copies, in whole blocks, and each operator moves them."""
@@ -55,6 +55,15 @@ class Prices:
             moved = (after - channels) * self.rates.itemsize
             made += Cost(bytes=self._positions(name, passage.output) * (moved + tail))
         return made
+
+    def knows(self, layer: Layer) -> bool:
+        """Whether the sizes of the data and the output of a layer are known, but for the number of samples."""
+        shapes = [self.editor.shapes.get(tensor.name, (None,) * 2) for tensor in (layer.data, layer.node.outputs[0])]
+        return all(None not in shape[1:] for shape in shapes)
+
+    def _node(self, layer: Layer) -> float:
+        """What a node costs by itself, which is nothing where the data is counted for one position only."""
+        return NODE if self.knows(layer) else 0.0
 
     def _tail(self, before: int, after: int, tail: float) -> float:
         """What copies cost at each position where they fill no block, and the channels before them did."""

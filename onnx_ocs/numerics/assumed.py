@@ -23,8 +23,8 @@ CORRELATION = 0.6
 MEAN = 2.0
 """Times the mean that data has: samples differ in brightness, which all channels share as they share their mean."""
 
-LARGEST = 2**24
-"""Values of the kernels' matrices at most (128 MB)."""
+LARGEST = 2**23
+"""Values of the kernels' matrices at most (64 MB for each of the two that are kept)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +76,7 @@ class Assumed:
     def cost(self, error: NDArray[np.float64]) -> NDArray[np.float64]:
         """(O,), ``e' H e`` of each row of ``error``, (O, C * K)."""
         shaped = error.reshape(len(error), *self.mean.shape)
-        lower = np.linalg.cholesky(self.local)
-        own = np.square(np.einsum("ock,ckj->ocj", shaped, lower)).sum(axis=(1, 2))
+        own = (np.einsum("ock,ckj->ocj", shaped, self.local) * shaped).sum(axis=(1, 2))
         return np.asarray(own + np.square(error @ self.shared.reshape(-1)))
 
 

@@ -17,6 +17,13 @@ DEPTHWISE = 8.0
 UNALIGNED = 1.0
 """What a layer whose channels are no multiple of what its kernel wants costs more, as a share of its products."""
 
+ALIGNED_REST, REST = 1.25, 4.0
+"""Blocks of output channels in the time that a kernel takes for those that fill none: a multiple of what it wants, or
+another number."""
+
+TAIL, POOL_TAIL, DEPTHWISE_TAIL = 16.0, 128.0, 512.0
+"""Bytes moved in the time that channels which fill no block add at each position of an output, by the kind of layer."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -34,14 +41,6 @@ class Cost:
         return self.bytes + self.macs / MACS_PER_BYTE
 
 
-ALIGNED_REST, REST = 1.25, 4.0
-"""Blocks of output channels in the time that a kernel takes for those that fill none: a multiple of what it wants, or
-another number."""
-
-TAIL, POOL_TAIL, DEPTHWISE_TAIL = 16.0, 128.0, 512.0
-"""Bytes moved in the time that channels which fill no block add at each position of an output, by the kind of layer."""
-
-
 @dataclass(frozen=True)
 class Rates:
     """How a runtime moves and computes channels."""
@@ -55,9 +54,10 @@ class Rates:
 def columns(outputs: int, block: int, multiple: int = 1) -> float:
     """The channels that take as long where a kernel computes ``block`` at once and wants a multiple of ``multiple``."""
     whole, rest = divmod(outputs, block)
+    more = 0.0
     if rest:
-        whole += ALIGNED_REST if multiple > 1 and rest % multiple == 0 else REST  # type: ignore[assignment]
-    return float(whole * block)
+        more = ALIGNED_REST if multiple > 1 and rest % multiple == 0 else REST
+    return (whole + more) * block
 
 
 @dataclass(frozen=True)

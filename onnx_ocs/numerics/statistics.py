@@ -161,7 +161,7 @@ class Recorder:
         self._channels = np.array(channels)
         self._low, self._high = np.full(ends[-1], np.inf), np.full(ends[-1], -np.inf)
         self._sum = np.zeros(ends[-1])
-        self._last: Sequence[int] = ()  # values of each tensor in the last batch
+        self._last: tuple[int, ...] = ()  # values of each tensor in the last batch
         self._weights = np.empty(0)  # of each of their channels
         self._tallies = [_Tally(number) for number in channels]
         self._values = np.zeros(len(channels), np.int64)
@@ -188,8 +188,8 @@ class Recorder:
         """
         np.minimum(self._low, low, out=self._low)
         np.maximum(self._high, high, out=self._high)
-        if values != self._last:
-            self._last = values
+        if tuple(values) != self._last:
+            self._last = tuple(values)
             self._weights = np.repeat(np.divide(values, self._channels), self._channels)
         self._sum += mean * self._weights
         self._values += values

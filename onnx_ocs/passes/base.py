@@ -23,7 +23,7 @@ from onnx_ocs.numerics.grid import Grid
 from onnx_ocs.numerics.integers import Task
 from onnx_ocs.numerics.moments import Moments
 from onnx_ocs.numerics.planning import Inputs, assumed
-from onnx_ocs.numerics.rounding import factorized
+from onnx_ocs.numerics.rounding import BY_MOMENTS, Factor, factorized
 from onnx_ocs.numerics.split import SplitPlan, along, joined
 from onnx_ocs.numerics.statistics import Statistics
 from onnx_ocs.numerics.weights import Axes, by_group
@@ -116,7 +116,7 @@ class LayerPlan:
     room: Room | None = None  # how many channels it gets
     stream: Stream | None = None  # whose makers make the copies
     copied: str | None = None  # why a Gather makes them
-    costs: Mapping[str, Cost] | None = None  # of both ways
+    costs: Mapping[str, Cost] | None = None  # of a Gather of its data, of reading it, and of both ways of its stream
     outputs: NDArray[np.int64] | None = None  # which of its output channels each is, where some are made twice
     shares: NDArray[np.float64] | None = None  # of these, that it makes
     reader: Reader | None = None  # the input that the weight is read by, where it is not the layer's
@@ -127,6 +127,11 @@ class LayerPlan:
         layer = self.layer
         groups = layer.groups if self.outputs is None or layer.groups == 1 else len(self.outputs)
         return Axes(layer.input_axis, layer.output_axis, groups, layer.groups_on_input, self.block, layer.kernel)
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The sizes of the kernel over which each output is a sum; none where it is of channels alone."""
+        return self.layer.weight.shape[2:] if self.layer.kernel else ()
 
     @property
     def extra(self) -> int:
@@ -282,25 +287,26 @@ class Work:
 
     def task(self, plan: LayerPlan) -> Task:
         """How the weight of ``plan`` is rounded; the factors of the last layer asked for are kept."""
-        if plan.rounding == "assumed":
-            return Task("assumed", self._assumed(plan))
-        if plan.rounding != "hessian":
+        if plan.rounding not in BY_MOMENTS:
             return Task(plan.rounding)
-        assert plan.contraction is not None
-        key = (plan.contraction.key, plan.corrected, plan.outputs is None, plan.static_extra - plan.extra)
+        of = plan.contraction.key if plan.rounding == "hessian" and plan.contraction is not None else id(plan.layer)
+        key = (of, plan.corrected, plan.outputs is None, plan.static_extra - plan.extra)
         if self._task is None or self._task[0] != key:
-            moments = self.moments(plan)
-            assert moments is not None
-            groups = range(len(moments.mean))
-            factors = tuple(factorized(moments.of_group(group, plan.corrected)) for group in groups)
-            self._task = key, Task("hessian", factors)
+            factors = self._assumed(plan) if plan.rounding == "assumed" else self._factors(plan)
+            self._task = key, Task(plan.rounding, factors)
         return self._task[1]
+
+    def _factors(self, plan: LayerPlan) -> tuple[Factor, ...]:
+        """Of the second moments that were gathered."""
+        moments = self.moments(plan)
+        assert moments is not None
+        return tuple(factorized(moments.of_group(group, plan.corrected)) for group in range(len(moments.mean)))
 
     def _assumed(self, plan: LayerPlan) -> tuple[Assumed, ...]:
         """The second moments that the data of each group is taken to have; one object for groups that are alike."""
         found = self.inputs(plan)
         found = found.centered if plan.corrected else found
-        kernel = plan.layer.weight.shape[2:] if plan.axes.kernel else ()
+        kernel = plan.kernel
         mean, variance = (part.reshape(len(part), -1, math.prod(kernel)) for part in (found.mean, found.variance))
         if (mean == mean[0]).all() and (variance == variance[0]).all():
             return (Assumed(mean[0], variance[0], kernel),) * len(mean)

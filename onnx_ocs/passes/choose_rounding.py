@@ -25,8 +25,7 @@ class ChooseRounding:
         moments = work.moments(plan)
         if rounding == "hessian" and (moments is None or moments.second is None):
             rounding, reason = "compensated", "nothing is known of its data"
-        kernel = plan.layer.weight.shape[2:] if plan.axes.kernel else ()
-        if rounding == "assumed" and not fits(plan.expanded, kernel):
+        if rounding == "assumed" and not fits(plan.expanded, plan.kernel):
             rounding, reason = "compensated", "its kernels are too large for matrices of their positions"
         corrected = self.correct and work.mean(plan) is not None and bias_of(work.editor, plan.layer) is not None
         return replace(plan, rounding=rounding, rounding_reason=reason, corrected=corrected)

@@ -121,9 +121,11 @@ class PlanSplits:
             return [replace(plan, reason=reason, room=chosen, stream=None) for plan in plans]
         if stream is not None and first.data_splits:
             return self._shared_out(work, choice, stream, chosen)
-        picks = self._picks(work, choice, chosen.extra)
-        copies = [each.copies() for each in picks]
-        if stream is not None and (wide := self._filled(work, choice, stream)) is not None:
+        parts = 1 if stream is None else int(stream.parts.max()) + 1
+        more = 2 * min(self.multiples, default=0) * parts if parts > 1 else 0
+        picks = self._picks(work, choice, chosen.extra + more)
+        copies = [each.copies(chosen.extra) for each in picks]
+        if stream is not None and more and (wide := self._filled(picks[0], choice, stream)) is not None:
             copies, chosen = [wide], Room(int(wide.sum()) - len(wide), min(self.multiples))
         if stream is None:
             splits = group_plans(copies, self.policy, first.axes.groups_on_input)
@@ -132,13 +134,9 @@ class PlanSplits:
         work.widened.append(Widened(stream, stream.sources(copies[0])))
         return [replace(plan, splits=(self._arranged(work, plan, copies[0]),), room=chosen) for plan in plans]
 
-    def _filled(self, work: Work, choice: "_Choice", stream: Stream) -> NDArray[np.int64] | None:
+    def _filled(self, picks: Picks, choice: "_Choice", stream: Stream) -> NDArray[np.int64] | None:
         """Copies with which each layer that makes them has the multiple of channels; None if those are too many."""
-        multiple = min(self.multiples, default=1)
-        parts = int(stream.parts.max()) + 1
-        if multiple == 1 or parts == 1:
-            return None
-        (picks,) = self._picks(work, choice, choice.extra + 2 * multiple * parts)
+        multiple = min(self.multiples)
         copies = filled(picks, choice.extra, stream.parts, multiple)
         whole = int(copies.sum())
         fits = whole - choice.channels <= max(self.most * choice.channels, choice.extra)

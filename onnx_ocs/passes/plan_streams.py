@@ -20,7 +20,8 @@ class PlanStreams:
 
     name: ClassVar[str] = "plan-streams"
 
-    ratio: float = 0.02
+    ratio: float = 0.02  # of the weights
+    act_ratio: float = 0.0  # of the data
     fold: str = "auto"
     aware: bool = True  # copies of data are moved by offsets
     multiples: tuple[int, ...] = ()  # of channels, the best first
@@ -36,7 +37,7 @@ class PlanStreams:
         """With what copies of its own cost, and reading them."""
         groups = plan.layer.groups
         extra = groups * self._extra(plan.channels // groups, ratio_of(plan, self.ratio))
-        if not extra:
+        if not extra or plan.data_splits:
             return plan
         costs = {"gather": prices.gather(plan.layer, extra), "reading": prices.wider(plan.layer, extra)}
         return replace(plan, costs=costs)
@@ -69,8 +70,8 @@ class PlanStreams:
             if refused is not None:
                 found |= {id(other.layer.node): replace(other, copied=refused) for other in together}
                 continue
-            costs = self._costs(prices, stream)
-            gathers = self.fold == "auto" and costs["fold"].total >= costs["gather"].total
+            costs = self._costs(prices, stream, max(self._ratio(other) for other in together))
+            gathers = self.fold == "auto" and costs["fold"].total >= costs["gathers"].total
             chosen: dict[str, Any] = {"copied": "a Gather is estimated to cost less"} if gathers else {"stream": stream}
             for other in together:
                 known = other.costs and {**other.costs, **costs}
@@ -78,7 +79,10 @@ class PlanStreams:
         return [found.get(id(plan.layer.node), plan) for plan in plans]
 
     def _may_split(self, plan: LayerPlan) -> bool:
-        return not plan.declined and plan.block is None and unsplit(plan, ratio_of(plan, self.ratio)) is None
+        return not plan.declined and plan.block is None and unsplit(plan, self._ratio(plan)) is None
+
+    def _ratio(self, plan: LayerPlan) -> float:
+        return max(ratio_of(plan, self.ratio), self.act_ratio)
 
     def _may_widen(self, plan: LayerPlan) -> bool:
         """Not where the type or the blocks of the weight were chosen by the number of its outputs."""
@@ -106,9 +110,9 @@ class PlanStreams:
             return "its features are several of each channel"
         return None
 
-    def _costs(self, prices: Prices, stream: Stream) -> dict[str, Cost]:
+    def _costs(self, prices: Prices, stream: Stream, ratio: float) -> dict[str, Cost]:
         """Of both ways, for all readers of a stream together."""
-        extra = self._extra(stream.channels, self.ratio)
+        extra = self._extra(stream.channels, ratio)
         tensors = {layer.data.name: layer for layer in stream.readers}
-        gather = sum((prices.gather(layer, extra) for layer in tensors.values()), Cost())
-        return {"gather": gather, "fold": prices.fold(stream, extra)}
+        gathers = sum((prices.gather(layer, extra) for layer in tensors.values()), Cost())
+        return {"gathers": gathers, "fold": prices.fold(stream, extra)}

@@ -3,6 +3,7 @@
 import numpy as np
 import onnx
 import onnx.parser
+import onnxruntime as ort
 import pytest
 
 from onnx_ocs import quantize
@@ -91,3 +92,39 @@ def test_biases_make_up_for_a_mean_that_no_sample_shows(rng):
     wrong = {correct: np.abs((found - wanted).mean(axis=0)).max() for correct, found in outputs.items()}
     assert wrong[True] < 0.02 * np.abs(wanted).max()
     assert wrong[True] < 0.1 * wrong[False]
+
+
+SIGNS = {
+    "y = Pad (r, pads)": True,
+    "y = Pad (r, pads, above)": True,
+    "y = Pad (r, pads, below)": False,
+    'y = Pad <mode = "reflect"> (r, pads)': True,
+    "y = Resize (r, none, scales)": True,
+    'y = Resize <mode = "linear"> (r, none, scales)': True,
+    'y = Resize <mode = "cubic"> (r, none, scales)': False,
+    "y = Clip (r, below, above)": True,
+    "y = Clip (r, , below)": False,
+    "y = Clip (x, above)": True,
+    "y = Add (r, x)": False,
+}
+
+
+@pytest.mark.parametrize(("node", "nonnegative"), SIGNS.items(), ids=SIGNS)
+def test_the_sign_is_that_of_every_value(node, nonnegative, rng):
+    head = '<ir_version: 8, opset_import: ["" : 17]> g (float[1,2,4,4] x) => (float[N,C,A,B] y)'
+    made = onnx.parser.parse_model(f"{head} {{ r = Relu (x)\n {node} }}")
+    arrays = {
+        "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
+        "above": np.float32(0.5),
+        "below": np.float32(-0.5),
+        "none": np.zeros(0, np.float32),
+        "scales": np.array([1, 1, 2, 2], np.float32),
+    }
+    for name, values in arrays.items():
+        if any(name in other.input for other in made.graph.node):
+            made.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(values), name))
+    found = predicted(Editor(Model.load(made)))
+    assert ("y" in found and found["y"].nonnegative) == nonnegative
+    session = ort.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
+    (values,) = session.run(None, {"x": rng.standard_normal((1, 2, 4, 4)).astype(np.float32)})
+    assert (values.min() >= 0) == nonnegative

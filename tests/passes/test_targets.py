@@ -404,3 +404,51 @@ def test_the_bias_of_a_gemm_with_its_weight_on_the_left_stays_float(target, bias
     assert result.report["layers"][0]["act_bits"] == 8
     assert result.report["verification"]["quantized"]["sqnr_db"] > 30
     assert not any(tensor.data_type == onnx.TensorProto.INT32 for tensor in result.model.graph.initializer)
+
+
+FORK = f"""{HEAD} g (float[N,3,32,32] x) => (float[N,8,32,32] y) {{
+    a = Conv <pads=[1,1,1,1]> (x, w1)
+    b = Relu (a)
+    c = Conv (b, w2)
+    d = Conv (b, w3)
+    y = Add (c, d)
+}}"""
+
+
+def fork(size="32"):
+    """Two layers that read one stream, and cost about as much as its copies."""
+    model = onnx.parser.parse_model(FORK.replace("32,32", f"{size},{size}"))
+    rng = np.random.default_rng(0)
+    for name, shape in {"w1": (64, 3, 3, 3), "w2": (8, 64, 1, 1), "w3": (8, 64, 1, 1)}.items():
+        values = (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    for node, name in zip(model.graph.node, "abcdy", strict=True):
+        node.name = name
+    return model
+
+
+@pytest.mark.parametrize("fold", ["always", "never"])
+@pytest.mark.parametrize(("options", "split"), [({}, 0), ({"layer": "^d$:ratio=0.02"}, 2), ({"align": 4}, 2)])
+def test_layers_that_read_one_stream_keep_or_lose_their_copies_together(fold, options, split, monkeypatch):
+    monkeypatch.setattr("onnx_ocs.passes.limit_costs.KEPT", 0.0)
+    samples = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
+    result = quantize(fork(), calibrate=samples, target="ort", round="nearest", fold=fold, **options)
+    rows = result.report["layers"]
+    assert [row["status"] for row in rows].count("split") == split
+    assert all(row["costs"] for row in rows[1:])  # of those that are left out as well
+
+
+def test_nothing_is_left_out_where_sizes_are_free(monkeypatch):
+    monkeypatch.setattr("onnx_ocs.passes.limit_costs.KEPT", 0.0)
+    samples = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
+    rows = quantize(fork("S"), calibrate=samples, target="ort", round="nearest").report["layers"]
+    assert [row["status"] for row in rows].count("split") == 2
+
+
+def test_the_ratio_of_one_layer_is_not_that_of_others(monkeypatch):
+    samples = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
+    options = {"calibrate": samples, "target": "ort", "round": "nearest", "verify": False}
+    *_, named = quantize(fork(), ratio=0.0, layer="^d$:ratio=0.5", **options).report["layers"]
+    other = quantize(fork(), ratio=0.0, layer="^d$:ratio=0.5", **options).report["layers"][1]
+    assert named["status"] == "split"
+    assert other["reason"] in (None, "ratio 0")
