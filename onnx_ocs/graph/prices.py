@@ -7,7 +7,7 @@ import numpy as np
 
 from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.layers import Layer
-from onnx_ocs.graph.streams import Stream
+from onnx_ocs.graph.streams import Stream, is_depthwise
 from onnx_ocs.numerics.cost import DEPTHWISE, DEPTHWISE_TAIL, NODE, POOL_TAIL, TAIL, Cost, Rates, columns
 
 
@@ -20,7 +20,7 @@ class Prices:
 
     def layer(self, layer: Layer) -> Cost:
         """What a layer costs as it is: its products, its weight read, and its output written."""
-        values = self._applied(layer) * self._outputs(layer)
+        values = math.prod(size or 1 for size in self.editor.shapes.get(layer.node.outputs[0].name, ())[1:])
         moved = (math.prod(layer.weight.shape) + values * self.rates.itemsize) / 2
         return Cost(bytes=moved + self._node(layer), macs=self._products(layer))
 
@@ -44,9 +44,9 @@ class Prices:
             ids = stream.ids[layer.node.outputs[0].name]
             outputs, after = len(ids), round(more[ids].sum())
             added = columns(after, self.rates.block, multiple) - columns(outputs, self.rates.block, multiple)
-            macs = (DEPTHWISE if layer.groups > 1 else 1.0) * self._products(layer) * added / outputs
+            macs = self._products(layer) * added / outputs
             weight = math.prod(layer.weight.shape) * (after / outputs - 1) / 2
-            tail = self._tail(outputs, after, DEPTHWISE_TAIL if layer.groups > 1 else TAIL)
+            tail = self._tail(outputs, after, DEPTHWISE_TAIL if is_depthwise(layer) else TAIL)
             made += Cost(bytes=weight + tail * self._applied(layer), macs=macs)
         for node, passage in stream.passages:
             name = node.outputs[0].name
@@ -74,15 +74,13 @@ class Prices:
         shape = self.editor.shapes.get(tensor, ())
         return math.prod(size or 1 for place, size in enumerate(shape) if place and place - len(shape) != axis)
 
-    def _outputs(self, layer: Layer) -> int:
-        return 1 if layer.output_axis is None else layer.weight.shape[layer.output_axis]
-
-    def _products(self, layer: Layer) -> int:
-        """Multiply-accumulates of a layer."""
-        return math.prod(layer.weight.shape) * self._applied(layer)
+    def _products(self, layer: Layer) -> float:
+        """Multiply-accumulates of a layer, in those of a layer that uses its data more than once."""
+        return (DEPTHWISE if is_depthwise(layer) else 1.0) * math.prod(layer.weight.shape) * self._applied(layer)
 
     def _applied(self, layer: Layer) -> int:
-        """Positions at which a layer applies its whole weight."""
-        out = self.editor.shapes.get(layer.node.outputs[0].name, ())
+        """Positions at which a layer applies its whole weight: a ConvTranspose at those of its data."""
+        tensor = layer.data if layer.node.op == "ConvTranspose" else layer.node.outputs[0]
+        shape = self.editor.shapes.get(tensor.name, ())
         inner = layer.node.op in ("Gemm", "MatMul")
-        return math.prod(size or 1 for size in (out[1:-1] if inner else out[2:]))
+        return math.prod(size or 1 for size in (shape[1:-1] if inner else shape[2:]))
