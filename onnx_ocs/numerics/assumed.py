@@ -29,10 +29,10 @@ LARGEST = 2**23
 
 @dataclass(frozen=True, eq=False)
 class Assumed:
-    """``e' H e`` for the H of C channels with K positions each.
+    """``e' H e`` for the H of C channels with K positions each, in G groups, or in one for all that are alike.
 
     Args:
-        mean, variance: (C, K), of the inputs.
+        mean, variance: (G, C, K), of the inputs.
         kernel: the sizes whose product is K.
     """
 
@@ -42,42 +42,45 @@ class Assumed:
 
     @cached_property
     def shared(self) -> NDArray[np.float64]:
-        """(C, K), m."""
+        """(G, C, K), m."""
         return self.mean * MEAN
 
     @cached_property
     def local(self) -> NDArray[np.float64]:
-        """(C, K, K), the damped blocks of H without m m'."""
+        """(G, C, K, K), the damped blocks of H without m m'."""
         deviation = np.sqrt(self.variance)
-        blocks = _correlation(self.kernel) * deviation[:, :, None] * deviation[:, None, :]
-        whole = float((self.variance + np.square(self.shared)).mean())
-        return blocks + np.eye(blocks.shape[1]) * (DAMPING * whole if whole > 0 else 1.0)
+        blocks = _correlation(self.kernel) * deviation[..., :, None] * deviation[..., None, :]
+        whole = (self.variance + np.square(self.shared)).mean(axis=(1, 2))
+        damping = np.where(whole > 0, DAMPING * whole, 1.0)
+        return blocks + np.eye(blocks.shape[-1]) * damping[:, None, None, None]
 
     @cached_property
     def ties(self) -> NDArray[np.float64]:
-        """(C,), what is left of m m' among channels up to each, once those behind it make up for it as they can."""
-        each = np.einsum("ck,ck->c", self.shared, np.linalg.solve(self.local, self.shared[:, :, None])[:, :, 0])
-        return 1 / (1 + np.append(np.cumsum(each[::-1])[::-1][1:], 0.0))
+        """(G, C), what is left of m m' among channels up to each, once those behind it make up for it as they can."""
+        each = np.einsum("gck,gck->gc", self.shared, np.linalg.solve(self.local, self.shared[..., None])[..., 0])
+        behind = np.cumsum(each[:, ::-1], axis=1)[:, -2::-1]
+        return 1 / (1 + np.append(behind, np.zeros((len(each), 1)), axis=1))
 
     @cached_property
     def upper(self) -> NDArray[np.float64]:
-        """(C, K, K), R of each channel once those behind it make up for it: R R' = local + tie m m'."""
+        """(G, C, K, K), R of each channel once those behind it make up for it: R R' = local + tie m m'."""
         m = self.shared
-        tied = self.local + self.ties[:, None, None] * m[:, :, None] * m[:, None, :]
-        return np.asarray(np.linalg.cholesky(tied[:, ::-1, ::-1])[:, ::-1, ::-1], np.float64)
+        tied = self.local + self.ties[..., None, None] * m[..., :, None] * m[..., None, :]
+        return np.asarray(np.linalg.cholesky(tied[..., ::-1, ::-1])[..., ::-1, ::-1], np.float64)
 
     @cached_property
     def pull(self) -> NDArray[np.float64]:
-        """(C, K), the error that each input had better have for one of ``m' e`` in the channels before."""
-        m = self.shared * self.ties[:, None]
-        tied = self.local + m[:, :, None] * self.shared[:, None, :]
-        return np.asarray(-np.linalg.solve(tied, m[:, :, None])[:, :, 0], np.float64)
+        """(G, C, K), the error that each input had better have for one of ``m' e`` in the channels before."""
+        m = self.shared * self.ties[..., None]
+        tied = self.local + m[..., :, None] * self.shared[..., None, :]
+        return np.asarray(-np.linalg.solve(tied, m[..., None])[..., 0], np.float64)
 
     def cost(self, error: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(O,), ``e' H e`` of each row of ``error``, (O, C * K)."""
-        shaped = error.reshape(len(error), *self.mean.shape)
-        own = (np.einsum("ock,ckj->ocj", shaped, self.local) * shaped).sum(axis=(1, 2))
-        return np.asarray(own + np.square(error @ self.shared.reshape(-1)))
+        """(G, O), ``e' H e`` of each row of ``error``, (G, O, C * K)."""
+        shaped = error.reshape(*error.shape[:2], *self.mean.shape[1:])
+        own = (np.einsum("gock,gckj->gocj", shaped, self.local) * shaped).sum(axis=(2, 3))
+        common = np.einsum("gock,gck->go", shaped, self.shared)
+        return np.asarray(own + np.square(common))
 
 
 def fits(channels: int, kernel: Sequence[int]) -> bool:
@@ -97,25 +100,27 @@ def _correlation(kernel: Sequence[int]) -> NDArray[np.float64]:
 @rounding("assumed")
 def by_assumed_moments(rows: Rows) -> Integers:
     """As ``hessian``, with the moments that data is taken to have: one input after the other, then each once more."""
-    moments = rows.factor
+    moments = rows.moments
     assert isinstance(moments, Assumed)
-    values = np.ascontiguousarray(rows.values.transpose(1, 2, 0))  # (C, K, O)
-    step = np.ascontiguousarray(np.broadcast_to(rows.step, rows.values.shape).transpose(1, 2, 0), np.float64)
+    values = np.ascontiguousarray(rows.values.transpose(2, 3, 0, 1))  # (C, K, G, O)
+    step = np.ascontiguousarray(np.broadcast_to(rows.step, rows.values.shape).transpose(2, 3, 0, 1), np.float64)
+    limits = rows.limit[:, :, :, 0].transpose(2, 0, 1)  # (C, G, 1)
+    uppers = moments.upper.transpose(1, 2, 3, 0)  # (C, K, K, G)
+    pulls, shared = (part.transpose(1, 2, 0)[..., None] for part in (moments.pull, moments.shared))  # (C, K, G, 1)
     made, error = np.empty_like(values), np.empty_like(values)
-    common = np.zeros(values.shape[2])  # m' e
-    for channel, limit in enumerate(rows.limit[:, 0].tolist()):
-        upper, here = moments.upper[channel], error[channel]
-        goal = np.outer(moments.pull[channel], common)
+    common = np.zeros(values.shape[2:])  # (G, O), m' e
+    for channel, (limit, upper, here) in enumerate(zip(limits, uppers, error, strict=True)):
+        goal = pulls[channel] * common
         for k in range(len(here)):
             wanted = values[channel, k] + goal[k]
             if k:
-                wanted -= (upper[:k, k] / upper[k, k]) @ (here[:k] - goal[:k])
+                wanted -= ((upper[:k, k] / upper[k, k])[..., None] * (here[:k] - goal[:k])).sum(axis=0)
             made[channel, k] = np.clip(np.floor(wanted / step[channel, k] + 0.5), -limit, limit)
             here[k] = made[channel, k] * step[channel, k] - values[channel, k]
-        common += moments.shared[channel] @ here
+        common += (shared[channel] * here).sum(axis=0)
     for _ in range(SWEEPS):
-        _descend(made, error, step, rows.limit, moments, common)
-    return np.ascontiguousarray(made.transpose(2, 0, 1))
+        _descend(made, error, step, limits, moments, common)
+    return np.ascontiguousarray(made.transpose(2, 3, 0, 1))
 
 
 def _descend(
@@ -126,16 +131,18 @@ def _descend(
     moments: Assumed,
     common: NDArray[np.float64],
 ) -> None:
-    """One sweep of coordinate descent on ``e' H e``, in place: (C, K, O) all, and (O,), ``m' e``."""
-    for channel, limit in enumerate(limits[:, 0].tolist()):
-        local, mean = moments.local[channel], moments.shared[channel]
-        slope = local @ error[channel] + np.outer(mean, common)
-        for k, curvature in enumerate(local.diagonal() + np.square(mean)):
+    """One sweep of coordinate descent on ``e' H e``, in place: (C, K, G, O) all, and (G, O), ``m' e``."""
+    for channel, limit in enumerate(limits):
+        local = moments.local[:, channel].transpose(1, 2, 0)[..., None]  # (K, K, G, 1)
+        mean = moments.shared[:, channel].T[..., None]  # (K, G, 1)
+        whole = local + mean[:, None] * mean
+        slope = (moments.local[:, channel] @ error[channel].swapaxes(0, 1)).swapaxes(0, 1) + mean * common
+        for k in range(len(mean)):
             here, width = made[channel, k], step[channel, k]
-            moved = np.clip(here - np.floor(slope[k] / (curvature * width) + 0.5), -limit, limit) - here
+            moved = np.clip(here - np.floor(slope[k] / (whole[k, k] * width) + 0.5), -limit, limit) - here
             if moved.any():
                 change = moved * width
                 here += moved
                 error[channel, k] += change
                 common += mean[k] * change
-                slope += np.outer(local[:, k] + mean * mean[k], change)
+                slope += whole[:, k] * change

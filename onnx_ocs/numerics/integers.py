@@ -31,7 +31,7 @@ class Task:
     """How a weight is rounded, and what that rests on."""
 
     rounding: str = "nearest"
-    factors: tuple[SecondMoments, ...] = ()  # of the data of each group, for ``hessian`` and ``assumed``
+    moments: SecondMoments | None = None  # of the data, for ``hessian`` and ``assumed``
 
 
 NEAREST = Task()
@@ -96,7 +96,8 @@ def least_error_threshold(
     Of some fractions far apart first, then of those about the best. The error is ``e' H e`` with the second moments H
     of the data, of the very integers that ``task`` makes.
     """
-    grid = Grid(bits)
+    moments, grid = task.moments, Grid(bits)
+    assert moments is not None
     limits = widened_limits(plans, axes, grid.levels)
     best, least = np.ones(threshold.shape), np.full(threshold.shape, np.inf)
 
@@ -104,7 +105,7 @@ def least_error_threshold(
         nonlocal best, least
         wide = shaped_step(grid.step(threshold * fractions), axes, weight.ndim, plans)
         error = _rounded(weight, wide, limits, axes, task) * wide.astype(np.float64) - weight
-        cost = _costs(error, axes, task.factors, threshold.shape)
+        cost = _costs(error, axes, moments, threshold.shape)
         best = np.where(cost < least, fractions, best)
         least = np.minimum(least, cost)
 
@@ -123,7 +124,7 @@ def refitted_step(
     plans: tuple[SplitPlan, ...],
     axes: Axes,
     step: NDArray[np.float32],
-    factors: tuple[SecondMoments, ...],
+    moments: SecondMoments,
 ) -> NDArray[np.float32]:
     """The step, or that of each output, with which the outputs have the energy of those of the float weight.
 
@@ -133,12 +134,12 @@ def refitted_step(
 
     Args:
         integers: of the copies, on steps that are no blocks.
-        factors: of the data of each group.
+        moments: of the data.
     """
     assert axes.block is None
     whole = _recombined(integers, plans, axes)
-    wanted = _costs(weight.astype(np.float64), axes, factors, step.shape)
-    found = _costs(whole * shaped_step(step, axes, weight.ndim, plans).astype(np.float64), axes, factors, step.shape)
+    wanted = _costs(weight.astype(np.float64), axes, moments, step.shape)
+    found = _costs(whole * shaped_step(step, axes, weight.ndim, plans).astype(np.float64), axes, moments, step.shape)
     gain = np.ones(step.shape)
     np.divide(wanted, found, out=gain, where=found > 0)
     gain = np.clip(np.sqrt(gain), 1 / MOST_REFITTED, MOST_REFITTED)
@@ -189,28 +190,22 @@ def _rounded(
 ) -> NDArray[Any]:
     """Integers within the limits by a rounding that looks at whole rows."""
     rows, steps = grouped(weight, axes), grouped(np.broadcast_to(wide, weight.shape), axes)
-    alike = all(factor is task.factors[0] for factor in task.factors)
-    if alike and (limits == limits[0]).all():  # nothing tells the groups apart
-        rows, steps = (part.reshape(1, -1, *part.shape[2:]) for part in (rows, steps))
+    limit = limits[:, None, :, None]
     made = np.empty(rows.shape, np.int16 if limits.max() < 2**15 else np.int64)
-    inner = rows.shape[2] * rows.shape[3]
-    chunk = max(1, (WIDE if task.factors else CHUNK) // inner)
-    for group in range(len(rows)):
-        factor = task.factors[group] if task.factors else None
-        for start in range(0, rows.shape[1], chunk):
-            some = slice(start, start + chunk)
-            part = rows[group, some].astype(np.float64)
-            asked = Rows(part, steps[group, some], limits[group][:, None], factor)
-            made[group, some] = ROUNDINGS[task.rounding](asked)
+    chunk = max(1, (CHUNK if task.moments is None else WIDE) * rows.shape[1] // rows.size)
+    for start in range(0, rows.shape[1], chunk):
+        some = slice(start, start + chunk)
+        asked = Rows(rows[:, some].astype(np.float64), steps[:, some], limit, task.moments)
+        made[:, some] = ROUNDINGS[task.rounding](asked)
     return np.ascontiguousarray(ungrouped(made, axes, weight.shape))
 
 
 def _costs(
-    error: NDArray[np.float64], axes: Axes, factors: tuple[SecondMoments, ...], shape: tuple[int, ...]
+    error: NDArray[np.float64], axes: Axes, moments: SecondMoments, shape: tuple[int, ...]
 ) -> NDArray[np.float64]:
     """``e' H e`` in the shape of a step: of all outputs together, (), or of each, (outputs,)."""
     rows = grouped(error, axes)
-    costs = np.stack([factor.cost(part.reshape(len(part), -1)) for factor, part in zip(factors, rows, strict=True)])
+    costs = moments.cost(rows.reshape(*rows.shape[:2], -1))
     return by_output(costs, axes, *shape).sum(axis=1) if shape else np.asarray(costs.sum())
 
 

@@ -21,11 +21,10 @@ class Moments:
     mean: NDArray[np.float64]  # (groups, n)
     second: NDArray[np.float64] | None  # (groups, n, n)
 
-    def of_group(self, group: int, centered: bool) -> NDArray[np.float64]:
-        """(n, n), E x x' of one group; ``centered``: what is left of it once the bias makes up for the mean."""
+    def about(self, centered: bool) -> NDArray[np.float64]:
+        """(groups, n, n), E x x'; ``centered``: what is left of it once the bias makes up for the mean."""
         assert self.second is not None
-        second = np.array(self.second[group])
-        return second - np.outer(self.mean[group], self.mean[group]) if centered else second
+        return self.second - self.mean[:, :, None] * self.mean[:, None, :] if centered else self.second
 
     def expanded(self, source: NDArray[np.int64], gain: NDArray[np.float64], kernel: int) -> "Moments":
         """Of data whose channels are copies of those of this, times ``gain``; one group.

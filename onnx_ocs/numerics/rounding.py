@@ -38,23 +38,23 @@ BY_MOMENTS = {"hessian", "assumed"}
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Some outputs of one group of a layer: what each is a sum of."""
+    """Some outputs of each group of a layer: what each is a sum of."""
 
-    values: NDArray[np.float64]  # (O, I, K): outputs, input channels, positions of the kernel
+    values: NDArray[np.float64]  # (G, O, I, K): groups, outputs, input channels, positions of the kernel
     step: NDArray[Any]  # broadcasts to them
-    limit: NDArray[np.int64]  # (I, 1), of the integers of each input channel
-    factor: "SecondMoments | None" = None  # of the data
+    limit: NDArray[np.int64]  # (G, 1, I, 1), of the integers of each input channel
+    moments: "SecondMoments | None" = None  # of the data
 
 
 class SecondMoments(Protocol):
-    """H, in a form that roundings use."""
+    """H of each group, or one for all that are alike, in a form that roundings use."""
 
     def cost(self, error: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(O,), ``e' H e`` of each row of ``error``, (O, n)."""
+        """(G, O), ``e' H e`` of each row of ``error``, (G, O, n)."""
         ...
 
 
-Integers = NDArray[np.float64]  # (O, I, K), whole numbers within the limits
+Integers = NDArray[np.float64]  # (G, O, I, K), whole numbers within the limits
 Rounding = Callable[[Rows], Integers]
 
 ROUNDINGS: dict[str, Rounding] = {}
@@ -86,24 +86,26 @@ def compensated(rows: Rows) -> Integers:
     neighbour, those first that are nearly in the middle: in each kernel until its error sum is at most half a step,
     then one at most in each kernel, those with the largest sums first, until that of the output is.
     """
-    made = to_nearest(rows)
-    error = made - rows.values / rows.step
-    sums = error.sum(axis=2)
-    if rows.values.shape[2] > 1:  # of one weight by itself the nearest integer is the best
-        _compensate_kernels(made, error, sums, rows.limit)
-    _compensate_outputs(rows, made, error, sums)
+    made = np.ascontiguousarray(to_nearest(rows))
+    error = np.ascontiguousarray(made - rows.values / rows.step)
+    sums = error.sum(axis=3)
+    limit = np.broadcast_to(rows.limit[..., 0], sums.shape).reshape(-1)
+    if rows.values.shape[3] > 1:  # of one weight by itself the nearest integer is the best
+        _compensate_kernels(made, error, sums, limit)
+    _compensate_outputs(rows, made, error, sums, limit)
     return made
 
 
 def _compensate_kernels(
     made: Integers, error: NDArray[np.float64], sums: NDArray[np.float64], limit: NDArray[np.int64]
 ) -> None:
-    made, error, total = made.reshape(-1, made.shape[2]), error.reshape(-1, error.shape[2]), sums.reshape(-1)  # views
+    made, error = (part.reshape(-1, part.shape[3]) for part in (made, error))  # views
+    total = sums.reshape(-1)
     at = np.flatnonzero(np.abs(total) > 0.5)
     left = np.ceil(np.abs(total[at]) - 0.5)  # steps that a sum has too many
     while at.size:
         sign = np.sign(total[at])
-        most, place = _movable(made[at], error[at], sign, limit[at % len(limit)])
+        most, place = _movable(made[at], error[at], sign, limit[at])
         moved = most > 0
         at, place, sign, left = at[moved], place[moved], sign[moved], left[moved]
         made[at, place] -= sign
@@ -121,26 +123,31 @@ def _movable(
     Nothing above zero where none may: it would leave the range, or the two neighbours of its weight.
     """
     away = error * sign[:, None]
-    away[(made * sign[:, None] <= -limit) | (away >= 1)] = -1
+    away[(made * sign[:, None] <= -limit[:, None]) | (away >= 1)] = -1
     place = away.argmax(axis=1)
     return away[np.arange(len(away)), place], place
 
 
-def _compensate_outputs(rows: Rows, made: Integers, error: NDArray[np.float64], sums: NDArray[np.float64]) -> None:
-    step = np.broadcast_to(rows.step, rows.values.shape)[:, :, 0].astype(np.float64)
+def _compensate_outputs(
+    rows: Rows, made: Integers, error: NDArray[np.float64], sums: NDArray[np.float64], limit: NDArray[np.int64]
+) -> None:
+    inputs, kernel = made.shape[2:]
+    made, error = (part.reshape(-1, inputs, kernel) for part in (made, error))
+    step = np.broadcast_to(rows.step, rows.values.shape)[..., 0].reshape(-1, inputs).astype(np.float64)
+    sums, limit = sums.reshape(-1, inputs), limit.reshape(-1, inputs)
     total = (sums * step).sum(axis=1)
     sign = np.sign(total)
     smallest = np.maximum(step.min(axis=1), np.finfo(np.float64).tiny)
-    number = int(min(step.shape[1], np.ceil(np.abs(total) / smallest).max(initial=0)))  # kernels of a row that may move
+    number = int(min(inputs, np.ceil(np.abs(total) / smallest).max(initial=0)))  # kernels of a row that may move
     if not number:
         return
     order = _largest_first(sums * sign[:, None], number)
     moves = np.take_along_axis(step, order, axis=1)
     row, rank = np.nonzero(np.cumsum(moves, axis=1) - moves / 2 < np.abs(total)[:, None])
-    kernel = order[row, rank]
-    most, place = _movable(made[row, kernel], error[row, kernel], sign[row], rows.limit[kernel])
+    at = order[row, rank]
+    most, place = _movable(made[row, at], error[row, at], sign[row], limit[row, at])
     moved = most > 0
-    made[row[moved], kernel[moved], place[moved]] -= sign[row[moved]]
+    made[row[moved], at[moved], place[moved]] -= sign[row[moved]]
 
 
 def _largest_first(values: NDArray[np.float64], number: int) -> NDArray[np.int64]:
@@ -155,38 +162,46 @@ def _largest_first(values: NDArray[np.float64], number: int) -> NDArray[np.int64
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """``e' H e = |R' e|^2`` with the inputs in the order in which they are rounded."""
+    """``e' H e = |R' e|^2`` of each group, with its inputs in the order in which they are rounded."""
 
-    order: NDArray[np.int64]  # (n,)
-    moments: NDArray[np.float64]  # (n, n), H, damped
-    upper: NDArray[np.float64]  # (n, n), R, triangular
+    order: NDArray[np.int64]  # (G, n)
+    moments: NDArray[np.float64]  # (G, n, n), H, damped
+    upper: NDArray[np.float64]  # (G, n, n), R, triangular
 
     def cost(self, error: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(O,), ``e' H e`` of each row of ``error``, (O, n) in the order of the source."""
-        return np.square(error[:, self.order] @ self.upper).sum(axis=1)
+        """(G, O), ``e' H e`` of each row of ``error``, (G, O, n) in the order of the source."""
+        return np.square(self.ordered(error) @ self.upper).sum(axis=2)
+
+    def ordered(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """(G, O, n), in the order of the factor."""
+        return np.take_along_axis(rows, self.order[:, None], axis=2)
 
 
 def factorized(moments: NDArray[np.float64], damping: float = DAMPING) -> Factor:
-    """The triangular factor of H, damped by a share of its mean; the largest second moments come first.
+    """The triangular factors of H, each damped by a share of its mean; the largest second moments come first.
 
     Inputs that are always zero are rounded as if they had no correlation with others.
 
     Args:
-        moments: (n, n), H, finite; of rank below n where there are few samples.
+        moments: (G, n, n), H, finite; of rank below n where there are few samples.
     """
-    diagonal = moments.diagonal()
-    order = np.argsort(-diagonal, kind="stable")
-    damped = moments[np.ix_(order, order)]
-    mean = diagonal.mean()
-    share = damping * mean if mean > 0 else 1.0
-    while True:
-        damped[np.diag_indices_from(damped)] += share
-        try:
-            lower = np.linalg.cholesky(damped[::-1, ::-1])
-            break
-        except np.linalg.LinAlgError:  # rounding has left it with negative eigenvalues
-            share *= 10
-    return Factor(order, damped, np.asarray(lower[::-1, ::-1], np.float64))
+    found = Factor(np.empty(moments.shape[:2], np.int64), np.empty_like(moments), np.empty_like(moments))
+    for group, second in enumerate(moments):
+        diagonal = second.diagonal()
+        order = np.argsort(-diagonal, kind="stable")
+        damped = found.moments[group]
+        damped[...] = second[np.ix_(order, order)]
+        mean = diagonal.mean()
+        share = damping * mean if mean > 0 else 1.0
+        while True:
+            damped[np.diag_indices_from(damped)] += share
+            try:
+                lower = np.linalg.cholesky(damped[::-1, ::-1])
+                break
+            except np.linalg.LinAlgError:  # rounding has left it with negative eigenvalues
+                share *= 10
+        found.order[group], found.upper[group] = order, lower[::-1, ::-1]
+    return found
 
 
 @rounding("hessian")
@@ -198,25 +213,26 @@ def error_propagating(rows: Rows) -> Integers:
     GPTQ is: arXiv:2210.17323, Algorithm 1). Then each weight is looked at again, in the same order, and goes where the
     error is least with all others as they are.
     """
-    assert isinstance(rows.factor, Factor)
-    order, upper = rows.factor.order, rows.factor.upper
-    outputs, _, kernel = rows.values.shape
-    values = rows.values.reshape(outputs, -1)[:, order]
-    step = np.broadcast_to(rows.step, rows.values.shape).reshape(outputs, -1)[:, order]
-    limit = np.repeat(rows.limit.reshape(-1), kernel)[order]
+    factor = rows.moments
+    assert isinstance(factor, Factor)
+    upper = factor.upper
+    values, step, limit = (
+        factor.ordered(np.broadcast_to(part, rows.values.shape).reshape(*rows.values.shape[:2], -1))
+        for part in (rows.values, rows.step, rows.limit)
+    )
     made, error = np.empty_like(values), np.empty_like(values)
-    for start in range(0, values.shape[1], COLUMNS):
-        end = min(start + COLUMNS, values.shape[1])
-        owed = error[:, :start] @ upper[:start, start:end]
+    for start in range(0, values.shape[2], COLUMNS):
+        end = min(start + COLUMNS, values.shape[2])
+        owed = error[..., :start] @ upper[:, :start, start:end]
         for j in range(start, end):
-            wrong = owed[:, j - start] + error[:, start:j] @ upper[start:j, j]
-            wanted = (values[:, j] - wrong / upper[j, j]) / step[:, j]
-            made[:, j] = np.clip(np.floor(wanted + 0.5), -limit[j], limit[j])
-            error[:, j] = made[:, j] * step[:, j] - values[:, j]
+            wrong = owed[..., j - start] + (error[..., start:j] @ upper[:, start:j, j, None])[..., 0]
+            wanted = (values[..., j] - wrong / upper[:, None, j, j]) / step[..., j]
+            made[..., j] = np.clip(np.floor(wanted + 0.5), -limit[..., j], limit[..., j])
+            error[..., j] = made[..., j] * step[..., j] - values[..., j]
     for _ in range(SWEEPS):
-        _descend(made, error, step, limit, rows.factor.moments)
+        _descend(made, error, step, limit, factor.moments)
     integers = np.empty_like(made)
-    integers[:, order] = made
+    np.put_along_axis(integers, factor.order[:, None], made, axis=2)
     return integers.reshape(rows.values.shape)
 
 
@@ -227,14 +243,14 @@ def _descend(
     limit: NDArray[np.int64],
     moments: NDArray[np.float64],
 ) -> None:
-    """One sweep of coordinate descent on ``e' H e``, in place: (O, n) all."""
+    """One sweep of coordinate descent on ``e' H e``, in place: (G, O, n) all."""
     slope = error @ moments
-    for j, curvature in enumerate(moments.diagonal()):
-        wanted = made[:, j] - np.floor(slope[:, j] / (curvature * step[:, j]) + 0.5)
-        moved = np.clip(wanted, -limit[j], limit[j]) - made[:, j]
-        rows = np.flatnonzero(moved)
-        if rows.size:
-            change = moved[rows] * step[rows, j]
-            made[rows, j] += moved[rows]
-            error[rows, j] += change
-            slope[rows] += change[:, None] * moments[j]
+    for j in range(made.shape[2]):
+        wanted = made[..., j] - np.floor(slope[..., j] / (moments[:, None, j, j] * step[..., j]) + 0.5)
+        moved = np.clip(wanted, -limit[..., j], limit[..., j]) - made[..., j]
+        group, row = np.nonzero(moved)
+        if row.size:
+            change = moved[group, row] * step[group, row, j]
+            made[group, row, j] += moved[group, row]
+            error[group, row, j] += change
+            slope[group, row] += change[:, None] * (moments[group, j] if len(moments) > 1 else moments[0, j])

@@ -286,31 +286,30 @@ class Work:
         return (mean, variance) if len(mean) == plan.channels else None
 
     def task(self, plan: LayerPlan) -> Task:
-        """How the weight of ``plan`` is rounded; the factors of the last layer asked for are kept."""
+        """How the weight of ``plan`` is rounded; the moments of the last layer asked for are kept."""
         if plan.rounding not in BY_MOMENTS:
             return Task(plan.rounding)
         of = plan.contraction.key if plan.rounding == "hessian" and plan.contraction is not None else id(plan.layer)
         key = (of, plan.corrected, plan.outputs is None, plan.static_extra - plan.extra)
         if self._task is None or self._task[0] != key:
-            factors = self._assumed(plan) if plan.rounding == "assumed" else self._factors(plan)
-            self._task = key, Task(plan.rounding, factors)
+            found = self._assumed(plan) if plan.rounding == "assumed" else self._factor(plan)
+            self._task = key, Task(plan.rounding, found)
         return self._task[1]
 
-    def _factors(self, plan: LayerPlan) -> tuple[Factor, ...]:
+    def _factor(self, plan: LayerPlan) -> Factor:
         """Of the second moments that were gathered."""
         moments = self.moments(plan)
         assert moments is not None
-        return tuple(factorized(moments.of_group(group, plan.corrected)) for group in range(len(moments.mean)))
+        return factorized(moments.about(plan.corrected))
 
-    def _assumed(self, plan: LayerPlan) -> tuple[Assumed, ...]:
-        """The second moments that the data of each group is taken to have; one object for groups that are alike."""
+    def _assumed(self, plan: LayerPlan) -> Assumed:
+        """The second moments that the data of each group is taken to have, or of all where they are alike."""
         found = self.inputs(plan)
         found = found.centered if plan.corrected else found
-        kernel = plan.kernel
-        mean, variance = (part.reshape(len(part), -1, math.prod(kernel)) for part in (found.mean, found.variance))
+        mean, variance = (part.reshape(len(part), -1, math.prod(plan.kernel)) for part in (found.mean, found.variance))
         if (mean == mean[0]).all() and (variance == variance[0]).all():
-            return (Assumed(mean[0], variance[0], kernel),) * len(mean)
-        return tuple(Assumed(*group, kernel) for group in zip(mean, variance, strict=True))
+            mean, variance = mean[:1], variance[:1]
+        return Assumed(mean, variance, plan.kernel)
 
     def readers(self) -> Mapping[tuple[Any, ...], int]:
         """How many layers will read each new weight."""

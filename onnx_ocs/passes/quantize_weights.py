@@ -54,8 +54,8 @@ class QuantizeWeights:
         assert plan.bits is not None
         weight, task, step = work.values(plan), work.task(plan), plan.step
         integers, sqnr = split_integers(weight, plan.splits, axes, step, plan.bits, self.aware, task)
-        if task.factors and plan.block is None:
-            step = refitted_step(weight, integers, plan.splits, axes, step, task.factors)
+        if task.moments is not None and plan.block is None:
+            step = refitted_step(weight, integers, plan.splits, axes, step, task.moments)
             sqnr = weight_sqnr(weight, integers, plan.splits, axes, step)
         stored, steps = (integers.T, step.T) if plan.turned else (integers, step)
         name, width = layer.weight.tensor.name, plan.storage

@@ -7,68 +7,97 @@ from onnx_ocs.numerics.assumed import CORRELATION, MEAN, Assumed, fits
 from onnx_ocs.numerics.rounding import DAMPING, ROUNDINGS, Factor, Rows
 
 
-def assumed(rng, channels, kernel, equal):
+def assumed(rng, groups, channels, kernel, equal):
     size = int(np.prod(kernel))
-    shape = (1, 1) if equal else (channels, size)
+    shape = (groups, 1, 1) if equal else (groups, channels, size)
     mean, variance = rng.uniform(0.2, 1, shape), rng.uniform(0.5, 2, shape)
-    return Assumed(*(np.broadcast_to(part, (channels, size)).copy() for part in (mean, variance)), kernel)
+    return Assumed(*(np.broadcast_to(part, (groups, channels, size)).copy() for part in (mean, variance)), kernel)
 
 
-def matrix(moments):
-    """H, written out."""
-    mean, deviation = moments.mean.reshape(-1) * MEAN, np.sqrt(moments.variance).reshape(-1)
-    places = np.indices(moments.kernel).reshape(len(moments.kernel), moments.mean.shape[1])
+def matrices(moments):
+    """H of each group, written out."""
+    places = np.indices(moments.kernel).reshape(len(moments.kernel), moments.mean.shape[2])
     away = np.abs(places[:, :, None] - places[:, None]).sum(axis=0)
-    whole = np.kron(np.eye(len(moments.mean)), CORRELATION**away) * np.outer(deviation, deviation)
-    whole += np.outer(mean, mean)
-    return whole + np.eye(len(whole)) * DAMPING * whole.diagonal().mean()
+    made = []
+    for mean, variance in zip(moments.mean, moments.variance, strict=True):
+        deviation, middle = np.sqrt(variance).reshape(-1), mean.reshape(-1) * MEAN
+        whole = np.kron(np.eye(len(mean)), CORRELATION**away) * np.outer(deviation, deviation)
+        whole += np.outer(middle, middle)
+        made.append(whole + np.eye(len(whole)) * DAMPING * whole.diagonal().mean())
+    return np.stack(made)
 
 
 def factor(moments):
     """As for ``hessian``, in the order of the source."""
-    whole = matrix(moments)
-    lower = np.linalg.cholesky(whole[::-1, ::-1])
-    return Factor(np.arange(len(whole)), whole, np.ascontiguousarray(lower[::-1, ::-1]))
+    whole = matrices(moments)
+    lower = np.linalg.cholesky(whole[:, ::-1, ::-1])
+    order = np.broadcast_to(np.arange(whole.shape[1]), whole.shape[:2])
+    return Factor(order, whole, np.ascontiguousarray(lower[:, ::-1, ::-1]))
 
 
 CASES = [(1, (3, 3)), (7, ()), (5, (3, 3)), (4, (5,)), (3, (1, 2, 2))]
 
 
 @pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize(("channels", "kernel"), CASES)
-def test_the_integers_are_those_by_the_whole_matrix(channels, kernel, equal, rng):
-    moments = assumed(rng, channels, kernel, equal)
-    values = rng.standard_normal((6, channels, moments.mean.shape[1]))
-    step = rng.uniform(0.3, 0.6, (6, 1, 1))
-    limit = rng.integers(2, 7, (channels, 1))
+def test_the_integers_are_those_by_the_whole_matrix(channels, kernel, groups, equal, rng):
+    moments = assumed(rng, groups, channels, kernel, equal)
+    values = rng.standard_normal((groups, 6, channels, moments.mean.shape[2]))
+    step = rng.uniform(0.3, 0.6, (groups, 6, 1, 1))
+    limit = rng.integers(2, 7, (groups, 1, channels, 1))
     found = ROUNDINGS["assumed"](Rows(values, step, limit, moments))
     wanted = ROUNDINGS["hessian"](Rows(values, step, limit, factor(moments)))
     np.testing.assert_array_equal(found, wanted)
     assert (np.abs(found) <= limit).all()
 
 
+@pytest.mark.parametrize("name", ["assumed", "hessian"])
+def test_each_group_is_rounded_by_itself_and_one_matrix_serves_groups_that_are_alike(name, rng):
+    apart = assumed(rng, 4, 3, (3, 3), False)
+    alike = Assumed(apart.mean[:1], apart.variance[:1], apart.kernel)
+    values, step = rng.standard_normal((4, 2, 3, 9)), np.full((1, 1, 1, 1), 0.4)
+    limit = rng.integers(2, 7, (4, 1, 3, 1))
+    for moments in (apart, alike):
+        by = moments if name == "assumed" else factor(moments)
+        found = ROUNDINGS[name](Rows(values, step, limit, by))
+        cost = by.cost((found * step - values).reshape(4, 2, -1))
+        for group in range(4):
+            one = Assumed(*(part[group % len(part)][None] for part in (moments.mean, moments.variance)), moments.kernel)
+            one = one if name == "assumed" else factor(one)
+            some = slice(group, group + 1)
+            alone = ROUNDINGS[name](Rows(values[some], step, limit[some], one))
+            np.testing.assert_array_equal(found[some], alone)
+            np.testing.assert_allclose(cost[some], one.cost((alone * step - values[some]).reshape(1, 2, -1)))
+
+
 @pytest.mark.parametrize(("channels", "kernel"), CASES)
 def test_the_cost_is_that_of_the_whole_matrix(channels, kernel, rng):
-    moments = assumed(rng, channels, kernel, False)
-    error = rng.standard_normal((4, moments.mean.size))
-    wanted = np.einsum("oi,ij,oj->o", error, matrix(moments), error)
+    moments = assumed(rng, 2, channels, kernel, False)
+    error = rng.standard_normal((2, 4, moments.mean[0].size))
+    wanted = np.einsum("goi,gij,goj->go", error, matrices(moments), error)
     np.testing.assert_allclose(moments.cost(error), wanted, rtol=1e-9)
 
 
 def test_data_that_is_always_zero_is_rounded_to_nearest(rng):
-    moments = Assumed(np.zeros((4, 9)), np.zeros((4, 9)), (3, 3))
-    rows = Rows(rng.standard_normal((5, 4, 9)), np.full((1, 1, 1), 0.3), np.full((4, 1), 7), moments)
-    np.testing.assert_array_equal(ROUNDINGS["assumed"](rows), ROUNDINGS["nearest"](rows))
+    """In one group of two; the other is rounded as if it were alone."""
+    mean, variance = rng.uniform(0.5, 1, (2, 2, 4, 9)) * [[[0]], [[1]]]
+    values, step, limit = rng.standard_normal((2, 5, 4, 9)), np.full((1, 1, 1, 1), 0.3), np.full((2, 1, 4, 1), 7)
+    rows = Rows(values, step, limit, Assumed(mean, variance, (3, 3)))
+    found, nearest = ROUNDINGS["assumed"](rows), ROUNDINGS["nearest"](rows)
+    np.testing.assert_array_equal(found[0], nearest[0])
+    assert (found[1] != nearest[1]).any()
 
 
 def test_sums_of_errors_are_smaller_than_by_nearest(rng):
     """Those of each output, which the mean multiplies, and of each kernel, whose positions see nearly the same."""
-    moments = assumed(rng, 32, (3, 3), True)
-    rows = Rows(rng.standard_normal((16, 32, 9)), np.full((1, 1, 1), 0.5), np.full((32, 1), 7), moments)
+    moments = assumed(rng, 1, 32, (3, 3), True)
+    values = rng.standard_normal((1, 16, 32, 9))
+    rows = Rows(values, np.full((1, 1, 1, 1), 0.5), np.full((1, 1, 32, 1), 7), moments)
     sums = {}
     for name in ("assumed", "nearest"):
         error = ROUNDINGS[name](rows) * rows.step - rows.values
-        sums[name] = np.square(error.sum(axis=2)).mean(), np.square(error.sum(axis=(1, 2))).mean()
+        sums[name] = np.square(error.sum(axis=3)).mean(), np.square(error.sum(axis=(2, 3))).mean()
     assert sums["assumed"][0] < 0.5 * sums["nearest"][0]
     assert sums["assumed"][1] < 0.05 * sums["nearest"][1]
 

@@ -49,8 +49,8 @@ def test_batches_fold_into_the_moments_of_all_rows(rng):
     for group in range(3):
         here = rows[:, group].astype(np.float64)
         np.testing.assert_allclose(moments.mean[group], here.mean(axis=0), rtol=0, atol=1e-6)
-        np.testing.assert_allclose(moments.of_group(group, False), here.T @ here / 50, rtol=0, atol=1e-5)
-        np.testing.assert_allclose(moments.of_group(group, True), np.cov(here.T, bias=True), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(moments.about(False)[group], here.T @ here / 50, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(moments.about(True)[group], np.cov(here.T, bias=True), rtol=0, atol=1e-5)
 
 
 def test_a_mean_that_is_large_beside_the_spread_leaves_the_spread_exact(rng):
@@ -60,7 +60,7 @@ def test_a_mean_that_is_large_beside_the_spread_leaves_the_spread_exact(rng):
     recorder = MomentRecorder(1, 6)
     for part in np.split(rows.reshape(300, 1, 6), 3):
         recorder.add(part)
-    found = recorder.finish().of_group(0, True)
+    found = recorder.finish().about(True)[0]
     np.testing.assert_allclose(found, np.cov(rows.T.astype(np.float64), bias=True), rtol=1e-3, atol=1e-8)
     assert np.linalg.eigvalsh(found).min() > -1e-8
 

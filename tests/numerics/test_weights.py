@@ -214,11 +214,11 @@ def test_refitted_steps_give_outputs_the_energy_of_the_float_ones(name, per_chan
     peaks = channel_peaks(weight, axes)
     plans = choose_splits(peaks, 1, per_channel, "even", axes.groups_on_input)
     data = rng.standard_normal((axes.groups, 40, inputs))
-    factors = tuple(factorized(part.T @ part / 40, damping=1e-9) for part in data)
+    moments = factorized(data.swapaxes(1, 2) @ data / 40, damping=1e-9)
     threshold = choose_threshold(weight, plans, axes, per_channel, "none", 3)
     step = Grid(3).step(threshold * 0.7)
-    integers, _ = split_integers(weight, plans, axes, step, 3, True, Task("hessian", factors))
-    refitted = refitted_step(weight, integers, plans, axes, step, factors)
+    integers, _ = split_integers(weight, plans, axes, step, 3, True, Task("hessian", moments))
+    refitted = refitted_step(weight, integers, plans, axes, step, moments)
     assert refitted.shape == step.shape
     assert refitted.dtype == np.float32
 
@@ -238,7 +238,7 @@ def test_refitted_steps_give_outputs_the_energy_of_the_float_ones(name, per_chan
 def test_refitted_steps_are_bounded_and_leave_what_has_no_output(rng):
     weight = np.array([[1.0, 0.0], [0.0, 0.0], [1.0, 4.0]], np.float32)
     plans, axes = (plan_splits(np.ones(2, np.int64)),), Axes(1, 0)
-    factors = (factorized(np.diag([1.0, 1e-9]), damping=1e-9),)
+    moments = factorized(np.diag([1.0, 1e-9])[None], damping=1e-9)
     integers = np.array([[1, 0], [0, 0], [0, 1]], np.int8)  # the last one has lost nearly all of its output
-    refitted = refitted_step(weight, integers, plans, axes, np.float32([0.5, 0.5, 0.5]), factors)
+    refitted = refitted_step(weight, integers, plans, axes, np.float32([0.5, 0.5, 0.5]), moments)
     np.testing.assert_allclose(refitted, [1.0, 0.5, 1.0])
