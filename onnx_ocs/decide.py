@@ -14,7 +14,7 @@ from onnx_ocs.graph.observe import OPSET
 from onnx_ocs.graph.opset import CannotRaise, raise_opset
 from onnx_ocs.graph.predicted import predicted
 from onnx_ocs.numerics.cost import Rates
-from onnx_ocs.passes.base import LayerPlan, Pass, Work, is_visible, observed, signed
+from onnx_ocs.passes.base import Pass, Work, is_visible, observed, signed
 from onnx_ocs.passes.choose_activation_steps import ChooseActivationSteps
 from onnx_ocs.passes.choose_grid import ChooseGrid
 from onnx_ocs.passes.choose_rounding import ChooseRounding
@@ -27,6 +27,7 @@ from onnx_ocs.passes.plan_activations import UNCOVERED, PlanActivations
 from onnx_ocs.passes.plan_blocks import PlanBlocks
 from onnx_ocs.passes.plan_splits import PlanSplits
 from onnx_ocs.passes.plan_streams import PlanStreams
+from onnx_ocs.passes.plans import LayerPlan
 from onnx_ocs.passes.select_layers import SelectLayers
 from onnx_ocs.recipe import Recipe
 from onnx_ocs.run import Run

@@ -20,8 +20,9 @@ from onnx_ocs.graph.layers import Declined
 from onnx_ocs.graph.model import Model
 from onnx_ocs.graph.samples import stored
 from onnx_ocs.numerics.weights import range_of, recombination_error
-from onnx_ocs.passes.base import LayerPlan, Work
+from onnx_ocs.passes.base import Work
 from onnx_ocs.passes.correct_biases import CorrectBiases
+from onnx_ocs.passes.plans import LayerPlan
 from onnx_ocs.passes.quantize_activations import QuantizeActivations
 from onnx_ocs.passes.quantize_biases import QuantizeBiases
 from onnx_ocs.passes.quantize_weights import QuantizeWeights

@@ -11,7 +11,8 @@ from onnx_ocs.numerics.clip import thresholds
 from onnx_ocs.numerics.grid import Grid, affine
 from onnx_ocs.numerics.split import SplitPlan, joined
 from onnx_ocs.numerics.statistics import Statistics
-from onnx_ocs.passes.base import ActivationPlan, LayerPlan, TensorPlan, Work
+from onnx_ocs.passes.base import Work
+from onnx_ocs.passes.plans import ActivationPlan, LayerPlan, TensorPlan
 
 CARRIED_BITS = 8
 """Of tensors that no layer reads: sums on their way to an activation function, and the like."""

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from onnx_ocs.graph.integers import BLOCKS_SINCE, PER_CHANNEL_SINCE, TWO_BIT_COLUMNS, TYPES, narrowest, needed_opset
-from onnx_ocs.passes.base import LayerPlan, Work, weight_bits
+from onnx_ocs.passes.base import Work
+from onnx_ocs.passes.plans import LayerPlan, weight_bits
 
 
 @dataclass(frozen=True)

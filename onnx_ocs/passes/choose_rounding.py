@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from onnx_ocs.graph.biases import bias_of
 from onnx_ocs.numerics.assumed import fits
-from onnx_ocs.passes.base import LayerPlan, Work
+from onnx_ocs.passes.base import Work
+from onnx_ocs.passes.plans import LayerPlan
 
 
 @dataclass(frozen=True)

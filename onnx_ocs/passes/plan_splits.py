@@ -26,7 +26,8 @@ from onnx_ocs.numerics.split import (
     plan_splits,
 )
 from onnx_ocs.numerics.weights import by_output, channel_peaks, group_plans, grouped, no_split, picks_of
-from onnx_ocs.passes.base import LayerPlan, Widened, Work, ratio_of, unsplit
+from onnx_ocs.passes.base import Work
+from onnx_ocs.passes.plans import LayerPlan, Widened, ratio_of, unsplit
 
 ALLOCATIONS = ("uniform", "knapsack", "sensitivity")
 """Which layers get copies: each the same share, or those where they lower the range or the error of outputs most."""

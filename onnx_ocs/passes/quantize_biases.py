@@ -8,7 +8,8 @@ import onnx
 
 from onnx_ocs.graph.biases import bias_of
 from onnx_ocs.graph.qdq import dequantize
-from onnx_ocs.passes.base import LayerPlan, Work
+from onnx_ocs.passes.base import Work
+from onnx_ocs.passes.plans import LayerPlan
 
 LARGEST = np.iinfo(np.int32).max
 

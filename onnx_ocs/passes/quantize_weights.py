@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from onnx_ocs.graph.integers import TYPES, packed
 from onnx_ocs.graph.qdq import dequantize
 from onnx_ocs.numerics.integers import mean_shift, refitted_step, split_integers, weight_sqnr
-from onnx_ocs.passes.base import LayerPlan, Work
+from onnx_ocs.passes.base import Work
+from onnx_ocs.passes.plans import LayerPlan
 
 
 @dataclass(frozen=True)

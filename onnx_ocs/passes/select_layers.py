@@ -10,7 +10,8 @@ import numpy as np
 from onnx_ocs.errors import UnsupportedModel
 from onnx_ocs.graph.layers import Layer
 from onnx_ocs.numerics.weights import largest
-from onnx_ocs.passes.base import LayerPlan, Work, is_first
+from onnx_ocs.passes.base import Work
+from onnx_ocs.passes.plans import LayerPlan, is_first
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from onnx_ocs.graph.batchwise import expand_by_batch
-from onnx_ocs.passes.base import LayerPlan, Work
+from onnx_ocs.passes.base import Work
+from onnx_ocs.passes.plans import LayerPlan
 
 
 @dataclass(frozen=True)

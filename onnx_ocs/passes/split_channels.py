@@ -11,7 +11,8 @@ from onnx_ocs.graph.model import numpy_type
 from onnx_ocs.graph.wire import Lazy
 from onnx_ocs.numerics.split import joined
 from onnx_ocs.numerics.weights import split_floats
-from onnx_ocs.passes.base import LayerPlan, Work
+from onnx_ocs.passes.base import Work
+from onnx_ocs.passes.plans import LayerPlan
 
 
 @dataclass(frozen=True)

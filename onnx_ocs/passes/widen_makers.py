@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from onnx_ocs.graph.layers import Place, Weight
 from onnx_ocs.graph.streams import Ids, Stream, bias_axis
-from onnx_ocs.passes.base import LayerPlan, Widened, Work
+from onnx_ocs.passes.base import Work
+from onnx_ocs.passes.plans import LayerPlan, Widened
 
 
 @dataclass(frozen=True)
