@@ -23,10 +23,6 @@ from onnx_ocs.run import Calibration, Source, on_disk
 from onnx_ocs.search import Goal
 from onnx_ocs.targets import TARGETS
 
-ASSUMED = 5
-"""Bits up to which weights are rounded by assumed second moments where there are no samples: it takes longer than
-``compensated``, and with more bits it gains little."""
-
 
 @dataclass(frozen=True)
 class Result:
@@ -81,7 +77,8 @@ def quantize(
         stats: statistics that an earlier run saved, in place of samples.
         save_stats: where to save those of this run.
         report: where to write the report as JSON.
-        goal: what the result must reach; bits, ratio and clip that do are searched for, except for those given here.
+        goal: what the result must reach; bits, ratio, clip, rounding and the like that do are searched for, except for
+            those given here.
         search_state: a file that keeps the trials of the search, which goes on from there.
         front: where to write the Pareto front of the trials, as CSV or (by any other name) JSON.
         timeout: seconds that the verification may take.
@@ -166,11 +163,10 @@ def resolve(
     if calibrated and (stored or {}).get("act_bits") is None:
         given.setdefault("act_bits", 8)
     decided = {**(stored or {}), **(PRESETS.get(preset or "", {})), **given}
-    if "round" not in decided:
-        bits = None if decided.get("float", False) else decided.get("bits", 8)
-        without = "assumed" if isinstance(bits, int) and bits <= ASSUMED else "compensated"
+    if decided.get("round", "auto") == "auto":
+        quantized = not decided.get("float", False) and decided.get("bits", 8) is not None
         naive = decided.get("split") == "naive"
-        given["round"] = "nearest" if naive else "hessian" if sampled and bits is not None else without
+        given["round"] = "nearest" if naive else "hessian" if sampled and quantized else "auto"
     made = Recipe.of(given, preset, stored)
     if made.needs_moments and not sampled and not made_up:
         raise ValueError("round hessian needs samples (--calibrate); --round compensated does without")

@@ -92,7 +92,7 @@ def _steps(recipe: Recipe, grid: ChooseGrid, placed: bool) -> list[Pass]:
         *([LimitCosts(recipe.ratio, rates)] if weights and recipe.align == "auto" and recipe.multiples else []),
         *([PlaceTensors(recipe.rules, recipe.act_bits)] if placed else []),
         ChooseActivationSteps(recipe.act_clip, recipe.rules.unsigned),
-        *([ChooseRounding(recipe.round, recipe.bias_correction)] if weights else []),
+        *([ChooseRounding(recipe.round, recipe.bias_correction, recipe.bits)] if weights else []),
         PlanSplits(
             recipe.ratio,
             recipe.split_policy,

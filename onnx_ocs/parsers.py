@@ -149,8 +149,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--round",
         choices=CHOICES["round"],
         help="nearest; compensated: error sums of kernels and outputs vanish; hessian: the least error of the output "
-        "on the samples; assumed: the same on data as it mostly is (hessian with --calibrate, else assumed with "
-        "--bits 5 or fewer, and compensated, which is faster, with more)",
+        "on the samples; assumed: the same on data as it mostly is; auto: hessian with --calibrate, else assumed with "
+        f"5 bits or fewer, and compensated, which is faster, with more ({defaults.round})",
     )
     parser.add_argument(
         "--bias-correction",

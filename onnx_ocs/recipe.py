@@ -27,7 +27,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "plan": ("magnitude", "joint"),
     "objective": OBJECTIVES,
     "allocate": ALLOCATIONS,
-    "round": tuple(ROUNDINGS),
+    "round": ("auto", *ROUNDINGS),
     "first": ("float", "int8", "same"),
     "act_split": ("static", "dynamic"),
     "container": ("auto", "int8"),
@@ -70,7 +70,7 @@ class Recipe:
     bits: int | None = 8
     ratio: Number = 0.02
     clip: str = "auto"
-    round: str = "compensated"
+    round: str = "auto"
     bias_correction: bool = True
     per_channel: bool = True
     block: int | None = None

@@ -1,10 +1,10 @@
-"""A goal in place of settings: bits of each layer, ratio and clip that reach it, found in a bounded number of trials.
+"""A goal in place of settings: bits of each layer and the options that reach it, found in a bounded number of trials.
 
 Each trial is a whole transformation, measured on samples. Uniform widths come first, from the widest down; where one
-does not do, other ratios and clip methods are tried with it. Between the narrowest width that does and the widest that
-does not, layers go down one after the other, those first that are predicted to lose least for the bytes that they save;
-how many of them may is found by bisection, and then those that follow are tried one by one. Nothing is random, so that
-a search that was broken off and goes on by its file comes to the same end.
+does not do, other ratios, clip methods and roundings are tried with it. Between the narrowest width that does and the
+widest that does not, layers go down one after the other, those first that are predicted to lose least for the bytes
+that they save; how many of them may is found by bisection, and then those that follow are tried one by one. Nothing is
+random, so that a search that was broken off and goes on by its file comes to the same end.
 """
 
 import contextlib
@@ -35,6 +35,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"ratio": 0.0},
     {"ratio": 0.05, "allocate": "sensitivity", "plan": "joint"},
     {"ratio": 0.05, "allocate": "sensitivity", "clip": "mse"},
+    {"ratio": 0.05, "allocate": "sensitivity", "round": "assumed"},
 )
 """What is tried with a width besides the recipe as it was given; an option that was given stays."""
 

@@ -46,6 +46,9 @@ def outputs(model, inputs):
     return [np.concatenate([part.reshape(-1) for part in session.run(None, sample)]) for sample in inputs]
 
 
+SAMPLES = np.random.default_rng(0).standard_normal((20, 8)).astype(np.float32)
+
+
 def made(model, inputs, **options):
     whole = {name: np.concatenate([sample[name] for sample in inputs]) for name in inputs[0]}
     return quantize(model, calibrate=whole, act_bits=None, verify=False, **{"bits": 4, "ratio": 0.2, **options})
@@ -60,7 +63,7 @@ def test_every_row_is_rounded_and_the_report_says_how(name, rounding):
         if row["status"] == "declined":
             continue
         fallback = rounding == "hessian" and name in UNSEEN
-        assert row["round"] == ("compensated" if fallback else rounding)
+        assert row["round"] == ("assumed" if fallback else rounding)
         assert (row["round_reason"] is not None) == fallback
 
 
@@ -107,6 +110,33 @@ def test_a_matmul_is_corrected_by_the_add_behind_it():
     result = made(model, inputs, bits=3).model
     wanted, found = (np.stack(outputs(proto, inputs)).reshape(-1, 6).mean(axis=0) for proto in (model, result))
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+
+
+TWO = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[N,8] x, float[8,6] w, float[6,5] w2) => (float[N,5] y) { h = Gemm(x, w) r = Relu(h) y = Gemm(r, w2) }"""
+
+
+@pytest.mark.parametrize(
+    ("options", "roundings"),
+    [
+        ({"bits": 8}, ["compensated", "compensated"]),
+        ({"bits": 5}, ["assumed", "assumed"]),
+        ({"bits": 8, "layer": ("Gemm_1:bits=5",)}, ["compensated", "assumed"]),
+        ({"bits": 4, "layer": ("Gemm_1:bits=8",)}, ["assumed", "assumed"]),
+        ({"bits": 4, "round": "compensated", "layer": ("Gemm_1:round=auto",)}, ["compensated", "assumed"]),
+        ({"bits": 8, "calibrate": SAMPLES}, ["hessian", "hessian"]),
+        ({"bits": 8, "calibrate": SAMPLES, "round": "auto"}, ["hessian", "hessian"]),
+        ({"bits": 8, "calibrate": SAMPLES, "layer": ("Gemm_1:round=nearest",)}, ["hessian", "nearest"]),
+        ({"bits": 4, "synthetic": 4, "layer": ("Gemm_1:round=hessian",)}, ["assumed", "hessian"]),
+    ],
+)
+def test_auto_goes_by_what_is_known_and_by_the_bits(options, roundings):
+    model = with_weights(onnx.parser.parse_model(TWO))
+    for place, node in enumerate(node for node in model.graph.node if node.op_type == "Gemm"):
+        node.name = f"Gemm_{place}"
+    found = quantize(model, verify=False, **options).report
+    assert [row["round"] for row in found["layers"]] == roundings
+    assert [row["round_reason"] for row in found["layers"]] == [None, None]
 
 
 @pytest.mark.parametrize("options", [{}, {"stats": "s.npz"}])
