@@ -27,8 +27,8 @@ from onnx_ocs.passes.plan_activations import UNCOVERED, PlanActivations
 from onnx_ocs.passes.plan_blocks import PlanBlocks
 from onnx_ocs.passes.plan_splits import PlanSplits
 from onnx_ocs.passes.plan_streams import PlanStreams
-from onnx_ocs.passes.plans import LayerPlan
 from onnx_ocs.passes.select_layers import SelectLayers
+from onnx_ocs.plans import LayerPlan
 from onnx_ocs.recipe import Recipe
 from onnx_ocs.run import Run
 

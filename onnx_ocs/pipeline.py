@@ -22,13 +22,13 @@ from onnx_ocs.graph.samples import stored
 from onnx_ocs.numerics.weights import range_of, recombination_error
 from onnx_ocs.passes.base import Work
 from onnx_ocs.passes.correct_biases import CorrectBiases
-from onnx_ocs.passes.plans import LayerPlan
 from onnx_ocs.passes.quantize_activations import QuantizeActivations
 from onnx_ocs.passes.quantize_biases import QuantizeBiases
 from onnx_ocs.passes.quantize_weights import QuantizeWeights
 from onnx_ocs.passes.split_by_batch import SplitByBatch
 from onnx_ocs.passes.split_channels import SplitChannels
 from onnx_ocs.passes.widen_makers import WidenMakers
+from onnx_ocs.plans import LayerPlan
 from onnx_ocs.recipe import Recipe
 from onnx_ocs.report import layer_rows, overhead, stage_summary
 from onnx_ocs.run import Calibration, Known, Progress, Run, Source, on_disk

@@ -8,7 +8,7 @@ from typing import Any
 from onnx_ocs.graph.layers import Declined
 from onnx_ocs.numerics.split import joined
 from onnx_ocs.numerics.statistics import Statistics
-from onnx_ocs.passes.plans import LayerPlan
+from onnx_ocs.plans import LayerPlan
 from onnx_ocs.verify import Comparison
 
 

@@ -21,7 +21,7 @@ from onnx_ocs.numerics.rounding import BY_MOMENTS, Factor, factorized
 from onnx_ocs.numerics.split import along, joined
 from onnx_ocs.numerics.statistics import Statistics
 from onnx_ocs.numerics.weights import by_group
-from onnx_ocs.passes.plans import LayerPlan, TensorPlan, Widened
+from onnx_ocs.plans import LayerPlan, TensorPlan, Widened
 
 
 class StoredMoments(Protocol):

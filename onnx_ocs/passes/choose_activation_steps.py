@@ -12,7 +12,7 @@ from onnx_ocs.numerics.grid import Grid, affine
 from onnx_ocs.numerics.split import SplitPlan, joined
 from onnx_ocs.numerics.statistics import Statistics
 from onnx_ocs.passes.base import Work
-from onnx_ocs.passes.plans import ActivationPlan, LayerPlan, TensorPlan
+from onnx_ocs.plans import ActivationPlan, LayerPlan, TensorPlan
 
 CARRIED_BITS = 8
 """Of tensors that no layer reads: sums on their way to an activation function, and the like."""

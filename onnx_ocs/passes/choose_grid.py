@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from onnx_ocs.graph.integers import BLOCKS_SINCE, PER_CHANNEL_SINCE, TWO_BIT_COLUMNS, TYPES, narrowest, needed_opset
 from onnx_ocs.passes.base import Work
-from onnx_ocs.passes.plans import LayerPlan, weight_bits
+from onnx_ocs.plans import LayerPlan, weight_bits
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import ClassVar
 from onnx_ocs.graph.biases import bias_of
 from onnx_ocs.numerics.assumed import fits
 from onnx_ocs.passes.base import Work
-from onnx_ocs.passes.plans import LayerPlan
+from onnx_ocs.plans import LayerPlan
 
 FEW = 5
 """Bits up to which ``auto`` rounds by assumed second moments: that takes longer than ``compensated``, and with more

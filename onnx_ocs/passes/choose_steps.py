@@ -12,7 +12,7 @@ from onnx_ocs.numerics.rounding import BY_MOMENTS
 from onnx_ocs.numerics.saturation import kernel_order, row_sums, widened
 from onnx_ocs.numerics.weights import choose_threshold
 from onnx_ocs.passes.base import Work
-from onnx_ocs.passes.plans import LayerPlan
+from onnx_ocs.plans import LayerPlan
 
 ROUNDS = 8
 """Times that a threshold is raised a little, before it is raised to where nothing can saturate."""

@@ -8,7 +8,7 @@ import numpy as np
 from onnx_ocs.graph.biases import bias_of
 from onnx_ocs.graph.model import numpy_type
 from onnx_ocs.passes.base import Work
-from onnx_ocs.passes.plans import LayerPlan
+from onnx_ocs.plans import LayerPlan
 
 
 @dataclass(frozen=True)

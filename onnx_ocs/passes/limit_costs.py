@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from onnx_ocs.graph.prices import Prices
 from onnx_ocs.numerics.cost import Cost, Rates
 from onnx_ocs.passes.base import Work
-from onnx_ocs.passes.plans import LayerPlan
+from onnx_ocs.plans import LayerPlan
 
 SPARED = 0.07
 """The share of a model's cost that its copies may add, or twice the ratio if that is more."""

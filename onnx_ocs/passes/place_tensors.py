@@ -11,7 +11,7 @@ from onnx_ocs.graph.editor import Editor, Scope
 from onnx_ocs.graph.layers import Place, Weight
 from onnx_ocs.graph.observe import Observed
 from onnx_ocs.passes.base import Work
-from onnx_ocs.passes.plans import LayerPlan, Reader, TensorPlan
+from onnx_ocs.plans import LayerPlan, Reader, TensorPlan
 from onnx_ocs.targets.base import Target
 
 

@@ -9,7 +9,7 @@ from onnx_ocs.graph.observe import OPSET
 from onnx_ocs.numerics.split import SplitPlan, extra_channels, joined, plan_splits
 from onnx_ocs.numerics.statistics import Statistics
 from onnx_ocs.passes.base import Work
-from onnx_ocs.passes.plans import FIRST_LAYER_BITS, ActivationPlan, LayerPlan, is_first, unsplit
+from onnx_ocs.plans import FIRST_LAYER_BITS, ActivationPlan, LayerPlan, is_first, unsplit
 
 UNCOVERED = "the statistics do not cover the data"
 

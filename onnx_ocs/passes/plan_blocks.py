@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from onnx_ocs.graph.integers import BLOCKS_SINCE
 from onnx_ocs.passes.base import Work
-from onnx_ocs.passes.plans import LayerPlan, weight_bits
+from onnx_ocs.plans import LayerPlan, weight_bits
 
 OPS = frozenset({"MatMul", "Gemm"})
 

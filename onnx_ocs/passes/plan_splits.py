@@ -27,7 +27,7 @@ from onnx_ocs.numerics.split import (
 )
 from onnx_ocs.numerics.weights import by_output, channel_peaks, group_plans, grouped, no_split, picks_of
 from onnx_ocs.passes.base import Work
-from onnx_ocs.passes.plans import LayerPlan, Widened, ratio_of, unsplit
+from onnx_ocs.plans import LayerPlan, Widened, ratio_of, unsplit
 
 ALLOCATIONS = ("uniform", "knapsack", "sensitivity")
 """Which layers get copies: each the same share, or those where they lower the range or the error of outputs most."""

@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.qdq import DataGrid, quantized, to_floats, to_integers
 from onnx_ocs.passes.base import Work
-from onnx_ocs.passes.plans import LayerPlan, TensorPlan
+from onnx_ocs.plans import LayerPlan, TensorPlan
 
 FLOAT = onnx.TensorProto.FLOAT
 

@@ -9,7 +9,7 @@ import onnx
 from onnx_ocs.graph.biases import bias_of
 from onnx_ocs.graph.qdq import dequantize
 from onnx_ocs.passes.base import Work
-from onnx_ocs.passes.plans import LayerPlan
+from onnx_ocs.plans import LayerPlan
 
 LARGEST = np.iinfo(np.int32).max
 

@@ -11,7 +11,7 @@ from onnx_ocs.graph.integers import TYPES, packed
 from onnx_ocs.graph.qdq import dequantize
 from onnx_ocs.numerics.integers import mean_shift, refitted_step, split_integers, weight_sqnr
 from onnx_ocs.passes.base import Work
-from onnx_ocs.passes.plans import LayerPlan
+from onnx_ocs.plans import LayerPlan
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from onnx_ocs.errors import UnsupportedModel
 from onnx_ocs.graph.layers import Layer
 from onnx_ocs.numerics.weights import largest
 from onnx_ocs.passes.base import Work
-from onnx_ocs.passes.plans import LayerPlan, is_first
+from onnx_ocs.plans import LayerPlan, is_first
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from onnx_ocs.graph.batchwise import expand_by_batch
 from onnx_ocs.passes.base import Work
-from onnx_ocs.passes.plans import LayerPlan
+from onnx_ocs.plans import LayerPlan
 
 
 @dataclass(frozen=True)

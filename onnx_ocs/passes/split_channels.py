@@ -12,7 +12,7 @@ from onnx_ocs.graph.wire import Lazy
 from onnx_ocs.numerics.split import joined
 from onnx_ocs.numerics.weights import split_floats
 from onnx_ocs.passes.base import Work
-from onnx_ocs.passes.plans import LayerPlan
+from onnx_ocs.plans import LayerPlan
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx_ocs.graph.layers import Place, Weight
 from onnx_ocs.graph.streams import Ids, Stream, bias_axis
 from onnx_ocs.passes.base import Work
-from onnx_ocs.passes.plans import LayerPlan, Widened
+from onnx_ocs.plans import LayerPlan, Widened
 
 
 @dataclass(frozen=True)
