@@ -99,9 +99,13 @@ def quantize(
         raise ValueError("save-stats keeps what calibration sees, and with these options there is none")
     if goal is None and (search_state is not None or front is not None):
         raise ValueError("search-state and front are of the search for a goal; give one (--target-agreement, ...)")
-    for beside in (report, save_stats, search_state, front):
-        if beside is not None:
-            with files.workplace(Path(beside)):
+    read = {"recipe": recipe, "inputs": inputs, "calibrate": calibrate, "stats": stats}
+    beside = {"report": report, "save_stats": save_stats, "search_state": search_state, "front": front}
+    files.keep_apart(read, {"destination": destination})
+    files.keep_apart({"source": source, "destination": destination, **read}, beside)
+    for path in beside.values():
+        if path is not None:
+            with files.workplace(Path(path)):
                 pass  # it can be written, so that no model is written without it
     asked = source, _path(destination), chosen, _path(inputs), calibration, timeout, progress
     if goal is None:

@@ -7,11 +7,12 @@ that have few), from a seeded start that differs from batch to batch; extremes a
 the graph itself keeps a tensor from being negative (behind a Relu), its minimum is then given as 0 and not looked for.
 """
 
+import contextlib
 import io
 import json
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from onnx_ocs import child
 from onnx_ocs.errors import BadSamples, RuntimeFailed, UnsupportedModel
 from onnx_ocs.graph import files
 from onnx_ocs.graph.model import Model
-from onnx_ocs.graph.observe import HIGH, LOW, MEAN, START, Observed, observing, size, taken
+from onnx_ocs.graph.observe import COUNT, HIGH, LOW, MEAN, START, Observed, observing, size, taken
 from onnx_ocs.graph.samples import Batch, Feed, read_samples
 from onnx_ocs.graph.session import Session, run_samples
 from onnx_ocs.numerics.statistics import Recorder, Statistics
@@ -145,20 +146,26 @@ def observe(request: Request, say: child.Report) -> dict[str, Any]:
             f"{request.name}: onnxruntime cannot load it for calibration ({error}); leave --calibrate out, and its "
             "activations stay float"
         ) from None
-    inputs = [item for item in session.inputs if item.name != START]
+    inputs = [item for item in session.inputs if item.name not in (START, COUNT)]
     recorder = Recorder([tensor.channels for tensor in tensors])
     looked_for = [LOW in tensor.reductions(request.stride).values() for tensor in tensors]
     has_low = np.repeat(looked_for, [tensor.channels for tensor in tensors])
     low = np.zeros(len(has_low), np.float32)
     thin = THIN * STRIDE if request.stride == 1 else THIN
     rng = np.random.default_rng(request.seed)
+    owners = np.repeat(np.arange(len(tensors)), [tensor.channels for tensor in tensors])
+
+    def broken(batch: Batch) -> str | None:
+        places = owners[~np.isfinite(_run(session, batch, 0, request)[MEAN])]
+        return tensors[places[0]].name if places.size else None
+
     samples = 0
     for batch in read_samples(Path(request.samples), inputs, request.batch, request.limit):
         if samples == 0:
             say(f"calibrating {request.name}")
         found = _run(session, batch, int(rng.integers(0, 2**31)), request)
         if not np.isfinite(found[MEAN]).all():
-            raise BadSamples(_place(session, batch, samples, tensors, request))
+            raise BadSamples(f"{request.samples}: {not_finite(batch, samples, broken, request.name)}")
         values, seen = zip(*(_taken(found, index, tensor) for index, tensor in enumerate(tensors)), strict=True)
         low[has_low] = found.get(LOW, 0)
         recorder.add(low, found[HIGH], found[MEAN], values, seen, thin, batch.count)
@@ -184,24 +191,26 @@ def _taken(found: Feed, index: int, tensor: Observed) -> tuple[int, NDArray[np.f
 
 
 def _run(session: Session, batch: Batch, start: int, request: Request) -> dict[str, NDArray[Any]]:
-    return run_samples(session, {**batch.feed, START: np.array([start], np.int64)}, request.name)
+    count = max([batch.count, *(len(values) for values in batch.feed.values() if values.ndim)])  # a feed holds many too
+    numbers = {START: np.array([start], np.int64), COUNT: np.array([count], np.int64)}
+    return run_samples(session, {**batch.feed, **numbers}, request.name)
 
 
-def _place(session: Session, batch: Batch, first: int, tensors: list[Observed], request: Request) -> str:
-    """Which sample of ``batch`` leads to a value that is not finite, and in which tensor."""
-    owners = np.repeat(np.arange(len(tensors)), [tensor.channels for tensor in tensors])
-    broken, where = [], f"samples {first} to {first + batch.count - 1}"
-    for number, one in enumerate([*_singly(batch), batch]):
-        try:
-            broken = owners[~np.isfinite(_run(session, one, 0, request)[MEAN])].tolist()
-        except BadSamples:
-            continue  # the model takes whole batches only
-        if broken:
-            where = f"sample {first + number}" if one is not batch else where
-            break
+def not_finite(batch: Batch, first: int, broken: Callable[[Batch], str | None], model: str) -> str:
+    """What is wrong with ``batch``, whose first sample is the one of that number.
+
+    Args:
+        broken: the tensor of a batch that has values which are not finite.
+    """
+    where, tensor = f"samples {first} to {first + batch.count - 1}", broken(batch)
+    for number, one in enumerate(_singly(batch)):
+        with contextlib.suppress(BadSamples):  # where the model takes whole batches only
+            if (found := broken(one)) is not None:
+                where, tensor = f"sample {first + number}", found
+                break
     return (
-        f"{request.samples}: {where} (counted from 0) gives NaN or infinite values in tensor "
-        f"{tensors[broken[0]].name!r} of {request.name}; take it out, or leave the layer out with --skip"
+        f"NaN, infinite, or overflowing values in tensor {tensor!r} of {model} on {where} (counted from 0); leave such "
+        "samples out, or the layer with --skip"
     )
 
 

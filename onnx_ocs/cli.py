@@ -20,6 +20,7 @@ from rich.table import Table
 
 from onnx_ocs import api, junit, tables
 from onnx_ocs.errors import OcsError, RuntimeFailed, VerificationFailed
+from onnx_ocs.graph import files
 from onnx_ocs.parsers import check_parser, inspect_parser, lint_parser, transform_parser
 from onnx_ocs.recipe import Recipe
 from onnx_ocs.search import Goal
@@ -97,11 +98,10 @@ def _goal(given: dict[str, Any], parser: argparse.ArgumentParser) -> Goal | None
 
 
 def _keep_apart(parser: argparse.ArgumentParser, read: dict[str, Path | None], written: dict[str, Path | None]) -> None:
-    """No file that is written beside the result may take the place of another one."""
-    seen = {path.resolve(): name for name, path in read.items() if path is not None}
-    for name, path in written.items():
-        if path is not None and (other := seen.setdefault(path.resolve(), name)) != name:
-            parser.error(f"{name} and {other} are the same file, {path}; give {name} a name of its own")
+    try:
+        files.keep_apart(read, written)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def _transform(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -111,10 +111,11 @@ def _transform(options: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     report, timeout = given.pop("report"), given.pop("verify_timeout")
     samples = {name: given.pop(name, None) for name in ("inputs", "calibrate", "stats", "save_stats")}
     goal, kept = _goal(given, parser), {name: given.pop(name) for name in ("search_state", "front")}
-    read = {f"--{name}": samples[name] for name in ("inputs", "calibrate", "stats")}
+    read = {"--recipe": given["recipe"]} | {f"--{name}": samples[name] for name in ("inputs", "calibrate", "stats")}
+    _keep_apart(parser, read, {"OUT": target})
     _keep_apart(
         parser,
-        {"IN": source, "OUT": target, "--recipe": given["recipe"], **read},
+        {"IN": source, "OUT": target, **read},
         {
             "--report": report,
             "--save-stats": samples["save_stats"],
@@ -140,8 +141,8 @@ def _transform(options: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     if samples["save_stats"] is not None and not Recipe.of(recipe).calibrates:
         parser.error("--save-stats keeps what calibration sees, and with these options there is none")
     with _progress(quiet) as progress:
-        files = {**samples, **kept, "report": report}
-        result = api.quantize(source, target, **files, goal=goal, timeout=timeout, progress=progress, **given)
+        paths = {**samples, **kept, "report": report}
+        result = api.quantize(source, target, **paths, goal=goal, timeout=timeout, progress=progress, **given)
     if not quiet:
         if goal is not None:
             _show(tables.front(result.report["search"]), "")

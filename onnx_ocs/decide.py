@@ -21,6 +21,7 @@ from onnx_ocs.passes.choose_rounding import ChooseRounding
 from onnx_ocs.passes.choose_steps import ChooseSteps
 from onnx_ocs.passes.equalize_layers import EqualizeLayers
 from onnx_ocs.passes.fold_batch_normalization import FoldBatchNormalization
+from onnx_ocs.passes.fold_factors import FoldFactors
 from onnx_ocs.passes.limit_costs import LimitCosts
 from onnx_ocs.passes.place_tensors import PlaceTensors
 from onnx_ocs.passes.plan_activations import UNCOVERED, PlanActivations
@@ -56,6 +57,8 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
     foreseen = predicted(work.editor)
     if recipe.fold_bn and _fold(run, model, work):
         work, declined = _found(run, model, select, blocks)
+    if recipe.act_bits is not None and not recipe.float and recipe.rules.plain_gemm and _plain(run, work):
+        work, declined = _found(run, model, select, blocks)
     if recipe.equalize and (factors := _equalize(run, model, work)):
         work, declined = _found(run, model, select, blocks)
         foreseen |= {name: foreseen[name].times(some) for name, some in factors.items() if name in foreseen}
@@ -89,7 +92,7 @@ def _steps(recipe: Recipe, grid: ChooseGrid, placed: bool) -> list[Pass]:
         PlanActivations(acts, recipe.act_ratio, dynamic, recipe.act_unsigned, recipe.rules.unsigned, recipe.first),
         *([grid] if weights else []),
         *([streams] if weights else []),
-        *([LimitCosts(recipe.ratio, rates)] if weights and recipe.align == "auto" and recipe.multiples else []),
+        *([LimitCosts(recipe.ratio, rates)] if weights and recipe.spares else []),
         *([PlaceTensors(recipe.rules, recipe.act_bits)] if placed else []),
         ChooseActivationSteps(recipe.act_clip, recipe.rules.unsigned),
         *([ChooseRounding(recipe.round, recipe.bias_correction, recipe.bits)] if weights else []),
@@ -189,6 +192,16 @@ def _fold(run: Run, model: Model, work: Work) -> int:
     if folded:
         run.folded = folded
         run.notes.append(f"{folded} BatchNormalization {'node was' if folded == 1 else 'nodes were'} folded")
+    return folded
+
+
+def _plain(run: Run, work: Work) -> int:
+    """Fold the factors of each Gemm that is worked on; how many."""
+    folded = FoldFactors().apply(work.editor, [plan.layer for plan in work.plans if not plan.declined])
+    if folded:
+        work.editor.commit()
+        run.plain = folded
+        run.notes.append(f"factors of Gemm (alpha, beta) that were folded into constants: {folded}")
     return folded
 
 

@@ -13,21 +13,22 @@ from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import helper
 
 from onnx_ocs import child
-from onnx_ocs.calibrate import BATCH
+from onnx_ocs.calibrate import BATCH, not_finite
 from onnx_ocs.errors import BadSamples, RuntimeFailed, UnsupportedModel
 from onnx_ocs.graph.contraction import Contraction
 from onnx_ocs.graph.model import Model
-from onnx_ocs.graph.samples import read_samples
+from onnx_ocs.graph.samples import Batch, read_samples
 from onnx_ocs.graph.session import Session, run_samples
 from onnx_ocs.numerics.moments import MomentRecorder, Moments, Window, rows_of
 
 LARGEST = 8192
 """Inputs of an output at most: their moments take half a gigabyte, and their factor a minute."""
 
-ROOM = 2**31
+ROOM = 2**29
 """Bytes that the sums of the layers of one run over the samples take at most."""
 
 
@@ -140,17 +141,24 @@ def observe(request: Request, say: child.Report) -> dict[str, Any]:
             "none"
         ) from None
     recorders = [MomentRecorder(layer.groups, layer.inputs, request.second) for layer in layers]
+
+    def broken(batch: Batch) -> str | None:
+        found = run_samples(session, batch.feed, request.name)
+        return next((layer.tensor for layer in layers if not _is_finite(found[_exposed(layer.tensor)])), None)
+
+    samples = 0
     for batch in read_samples(Path(request.samples), session.inputs, request.batch, request.limit):
         say(f"gathering second moments of {request.name}")
         found = run_samples(session, batch.feed, request.name)
         for layer, recorder in zip(layers, recorders, strict=True):
-            values = found[_exposed(layer.tensor)]
-            if not math.isfinite(float(values.sum(dtype=np.float64))):
-                raise BadSamples(
-                    f"{request.samples}: NaN or infinite values in tensor {layer.tensor!r} of {request.name}; take "
-                    "such samples out, or leave the layer out with --skip"
-                )
-            recorder.add(rows_of(values, layer.axis, layer.groups, _window(layer.window)))
+            values, window = found[_exposed(layer.tensor)], _window(layer.window)
+            if not _is_finite(values):
+                raise BadSamples(f"{request.samples}: {not_finite(batch, samples, broken, request.name)}")
+            times = 1
+            if window is not None and not request.second:  # patches of the mean have the mean of the patches
+                times, values = len(values), values.mean(axis=0, keepdims=True)
+            recorder.add(rows_of(values, layer.axis, layer.groups, window), times)
+        samples += batch.count
     for number, (layer, recorder) in enumerate(zip(layers, recorders, strict=True), request.first):
         stored = Stored(Path(request.folder), number)
         try:
@@ -163,6 +171,10 @@ def observe(request: Request, say: child.Report) -> dict[str, Any]:
         if made.second is not None:
             np.save(stored.path("second"), made.second)
     return {}
+
+
+def _is_finite(values: NDArray[np.float32]) -> bool:
+    return math.isfinite(float(values.sum(dtype=np.float64)))
 
 
 def _window(plain: Mapping[str, Any] | None) -> Window | None:

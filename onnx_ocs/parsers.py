@@ -228,7 +228,8 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
         "--align",
         type=_multiple,
         metavar="N",
-        help="channels after splitting are a multiple of N; auto: of what the target's integer kernels want (auto)",
+        help="channels after splitting are a multiple of N; auto: of what the target's kernels want (auto where the "
+        "data is quantized, else 1)",
     )
     group.add_argument(
         "--max-expand",

@@ -119,6 +119,8 @@ def _attempt(run: Run) -> Outcome:
         run.notes.append(SYNTHETIC.format(run.recipe.synthetic))
     if run.calibration.given and not (run.observes or run.gathers):
         run.notes.append("no statistics of activations are needed with these options; none were gathered or used")
+    if idle := run.recipe.idle(run.calibration.samples is not None):
+        run.notes.append(f"without effect here: {', '.join(f'--{name}' for name in idle)}")
     try:
         return _saving_stats(run, _transform(run))
     except (RuntimeFailed, VerificationFailed) as error:
@@ -159,7 +161,8 @@ def _transform(run: Run) -> Outcome:
         work.plans = SplitChannels(aware=aware and recipe.bits is not None, aware_data=aware).apply(work)
         work.plans = SplitByBatch(aware=aware).apply(work)
         work.editor.commit()
-        changed = run.raised or run.folded or run.equalized or any(plan.expanded > plan.channels for plan in work.plans)
+        edited = run.raised or run.folded or run.plain or run.equalized
+        changed = edited or any(plan.expanded > plan.channels for plan in work.plans)
         if recipe.verify and not recipe.float and changed:
             stages["split"] = run.folder / "split.onnx"
             model.save(stages["split"])

@@ -93,7 +93,7 @@ class Recipe:
     fold_bn: bool = True
     equalize: bool = False
     fold: str = "auto"
-    align: int | str = "auto"
+    align: int | str | None = None
     max_expand: Number = 0.25
     saturation_safe: bool | None = None
     first: str = "int8"
@@ -123,7 +123,10 @@ class Recipe:
         for name in ("clip", "act_clip"):
             object.__setattr__(self, name, str(getattr(self, name)))
             if (name, getattr(self, name)) != ("clip", "auto"):
-                parse_clip(getattr(self, name))
+                try:
+                    parse_clip(getattr(self, name))
+                except ValueError as error:
+                    raise ValueError(str(error).replace("clip", _option(name), 1)) from None
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{_option(name)} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
@@ -162,7 +165,7 @@ class Recipe:
                 raise ValueError(f"{_option(name)} must be a whole number of at least 1, not {value}")
         if self.block is not None and not _is_whole(self.block, 2):
             raise ValueError(f"block must be a whole number of at least 2 input channels, not {self.block!r}")
-        if self.align != "auto" and not _is_whole(self.align, 1):
+        if self.align not in (None, "auto") and not _is_whole(self.align, 1):
             raise ValueError(f"align must be auto or a whole number of at least 1, not {self.align!r}")
         if self.tolerance is not None and not (isinstance(self.tolerance, int | Number) and self.tolerance > 0):
             raise ValueError(f"tolerance must be positive, not {self.tolerance}")
@@ -203,6 +206,16 @@ class Recipe:
         asked = {self.round, *(given.get("round") for _, given in self.overrides)}
         return "hessian" in asked and self.bits is not None and not self.float
 
+    def idle(self, sampled: bool) -> list[str]:
+        """Options that are not as by default, and do nothing with these others.
+
+        Args:
+            sampled: there are samples.
+        """
+        names = [] if self.calibrates else ["act_clip", "act_unsigned", "calibration_stride"]
+        names += [] if sampled else ["calibration_samples", "batch", "calibration_stride"]
+        return [_option(name) for name in dict.fromkeys(names) if getattr(self, name) != getattr(DEFAULTS, name)]
+
     @property
     def corrects(self) -> bool:
         """Whether biases make up for the mean error of the outputs, where it is known."""
@@ -213,7 +226,19 @@ class Recipe:
         """Of the numbers of channels after splitting, the best first; none where the exact number is kept."""
         if isinstance(self.align, int):
             return (self.align,) if self.align > 1 else ()
-        return self.rules.multiples if self.act_bits is not None and not self.float else ()
+        if self._on_integers:
+            return self.rules.multiples
+        return self.rules.float_multiples if self.align == "auto" else ()
+
+    @property
+    def spares(self) -> bool:
+        """Whether layers whose copies cost most get none."""
+        return not isinstance(self.align, int) and self._on_integers and bool(self.multiples)
+
+    @property
+    def _on_integers(self) -> bool:
+        """Whether layers compute on integers where the runtime has kernels for them."""
+        return self.act_bits is not None and not self.float
 
     @property
     def folds(self) -> str:
@@ -297,6 +322,9 @@ def _option(name: str) -> str:
 
 def _is_whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+DEFAULTS = Recipe()
 
 
 def stored_recipe(path: Path) -> dict[str, Any]:

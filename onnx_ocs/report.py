@@ -25,7 +25,7 @@ def _row(plan: LayerPlan, is_float: bool) -> dict[str, Any]:
     return {
         "name": plan.layer.name,
         "op": plan.layer.node.op,
-        "status": "split" if plan.expanded > plan.channels else "quantized",
+        "status": "split" if plan.extra or (plan.activation and plan.activation.extra) else "quantized",
         "reason": plan.reason,
         "channels": plan.channels,
         "extra": plan.extra,

@@ -16,6 +16,8 @@ from operators import HEAD, with_weights
 from onnx_ocs import BadSamples, VerificationFailed, quantize
 from onnx_ocs.calibrate import load
 from onnx_ocs.cli import main
+from onnx_ocs.graph.model import Model
+from onnx_ocs.graph.observe import COUNT, START, Observed, observing, taken
 
 CNN = """g (float[N,3,H,W] x) => (float[N,6,A,B] y) {
     a = Conv <pads=[1,1,1,1]> (x, w1)
@@ -82,7 +84,7 @@ def test_the_largest_magnitudes_are_those_of_all_values():
 
 
 def test_a_stride_of_one_counts_all_values_and_a_larger_one_nearly_as_well():
-    batch = images(64)
+    batch = images(16, 64)
     every, some = (calibrated(batch, calibration_stride=stride) for stride in (1, 31))
     np.testing.assert_allclose(some, every, rtol=0.15)
     assert some != every
@@ -105,6 +107,37 @@ def test_extremes_and_means_are_those_of_all_values(tmp_path, stride):
         np.testing.assert_allclose(seen.mean, values.mean(axis=(0, 2, 3)), rtol=1e-4, atol=1e-4)
         low = values.min(axis=(0, 2, 3)) if stride == 1 or values is batch else np.zeros(len(seen.low))
         np.testing.assert_allclose(seen.low, low, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32])
+def test_free_sizes_and_the_batch_leave_as_many_values_to_count(batch):
+    """Small samples are counted whole, however many of them run at a time: one value in 61 of these would be few."""
+    samples = images(64, size=12) * np.linspace(0.3, 3, 3, dtype=np.float32)[:, None, None]
+    every = calibrated(samples, calibration_stride=1)
+    np.testing.assert_allclose(calibrated(samples, batch=batch), every, rtol=0.05)
+
+
+@pytest.mark.parametrize(("rank", "least"), [(3, 61 * 1024), (4, 61 * 1024), (5, 61 * 1024)])
+def test_free_sizes_are_counted_as_thinly_as_known_ones(rank, least):
+    """Where a sample has values enough, about one in 61 is taken, on all axes together."""
+    sides = round((2 * least / 4) ** (1 / (rank - 2)))
+    letters = ",".join("HWD"[: rank - 2])
+    text = (
+        f"g (float[N,4,{letters}] x, float[4,4{',1' * (rank - 2)}] w) => (float[N,4,{letters}] y) {{ y = Conv(x, w) }}"
+    )
+    model = Model.load(with_weights(onnx.parser.parse_model(f"{HEAD} {text}")))
+    tensor = Observed("x", 1 - rank, 4, (None, 4, *(None,) * (rank - 2)))
+    session = ort.InferenceSession(observing(model, [tensor], 61).proto.SerializeToString())
+    for count in (1, 3):
+        feed = {
+            START: np.array([5]),
+            COUNT: np.array([count]),
+            "x": np.zeros((count, 4, *(sides,) * (rank - 2)), np.float32),
+        }
+        (values,) = session.run([taken(0)], feed)
+        share = feed["x"].size / values.size
+        assert 61 / 3 < share < 61 * 1.5
+        assert values.size >= 1024 * count
 
 
 def test_an_iterable_is_read_no_further_than_asked():
@@ -142,13 +175,14 @@ def test_several_inputs_and_dynamic_shapes():
     assert second == samples["q"].max()
 
 
+@pytest.mark.parametrize("options", [{}, {"act_bits": None}, {"round": "nearest", "act_bits": None}])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_value_that_is_not_finite_is_named_with_its_sample(tmp_path, value):
+def test_a_value_that_is_not_finite_is_named_with_its_sample(tmp_path, value, options):
     batch = images()
     batch[13, 1, 7, 5] = value
     np.save(tmp_path / "a.npy", batch)
-    with pytest.raises(BadSamples, match=r"sample 13 .*tensor 'x'"):
-        quantize(cnn(), tmp_path / "out.onnx", calibrate=tmp_path / "a.npy")
+    with pytest.raises(BadSamples, match=r"tensor 'x' of .* on sample 13 \(counted from 0\)"):
+        quantize(cnn(), tmp_path / "out.onnx", calibrate=tmp_path / "a.npy", **options)
     assert [file.name for file in tmp_path.iterdir()] == ["a.npy"]
 
 
@@ -157,8 +191,13 @@ def test_a_value_that_becomes_infinite_inside_is_named(tmp_path):
     model.graph.node[1].op_type = "Exp"
     batch = images()
     batch[5] = 100
-    with pytest.raises(BadSamples, match=r"sample 5 .*tensor 'b'"):
+    with pytest.raises(BadSamples, match=r"tensor 'b' of .* on sample 5 "):
         quantize(model, calibrate=batch)
+
+
+def test_values_whose_sums_overflow_are_told_as_that():
+    with pytest.raises(BadSamples, match="overflowing values in tensor 'x'"):
+        quantize(cnn(), calibrate=np.abs(images()) * np.float32(1e37))
 
 
 def test_statistics_are_saved_and_used_again(tmp_path):
@@ -184,13 +223,24 @@ def test_a_file_without_statistics_is_refused(tmp_path, content):
         quantize(cnn(), stats=tmp_path / "missing.npz")
 
 
+def test_statistics_whose_arrays_do_not_fit_together_are_refused(tmp_path):
+    quantize(cnn(), calibrate=images(), save_stats=tmp_path / "stats.npz", verify=False, round="nearest")
+    with np.load(tmp_path / "stats.npz") as stored:
+        arrays = dict(stored)
+    arrays["0.low"] = arrays["0.low"][:-1]
+    np.savez(tmp_path / "stats.npz", **arrays)
+    with pytest.raises(BadSamples, match="holds no statistics"):
+        quantize(cnn(), stats=tmp_path / "stats.npz")
+
+
 @pytest.mark.parametrize(
     ("samples", "words"),
     [
         ({"z": images()}, "the given samples.*no array for input 'x'"),
         (images().astype(np.float64), "takes float32, not float64"),
         (images()[:, :2], "takes shape"),
-        ([], "holds no"),
+        ([], "the given samples are none"),
+        (images().astype(">f4"), "not float32 of the other byte order"),
         ([3], "sample 0 is a int"),
         (images(0), "no samples"),
     ],
@@ -256,6 +306,8 @@ def test_memory_does_not_grow_with_the_samples(tmp_path):
         (["--save-stats", "b.npz"], "give samples"),
         (["--calibrate", "a.npz", "--act-bits", "none", "--save-stats", "b.npz"], "with these options there is none"),
         (["--calibrate", "a.npz", "--save-stats", "a.npz"], "are the same file"),
+        (["--calibrate", "out.onnx"], "are the same file"),
+        (["--act-clip", "best", "--act-bits", "8", "--calibrate", "a.npz"], "act-clip must be one of"),
         (["--quantize-ops", "Conv,Relu"], "quantize-ops must be among"),
     ],
 )
@@ -267,6 +319,28 @@ def test_wrong_usage_is_told_with_the_valid_choices(tmp_path, capsys, monkeypatc
     assert ended.value.code == 2
     assert words in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"save_stats": "in.onnx"}, "save_stats and source"),
+        ({"save_stats": "out.onnx"}, "save_stats and destination"),
+        ({"report": "a.npy"}, "report and calibrate"),
+        ({"destination": "a.npy"}, "destination and calibrate"),
+        ({"destination": "i.npz", "inputs": "i.npz"}, "destination and inputs"),
+    ],
+)
+def test_no_file_that_is_read_or_written_is_overwritten(tmp_path, monkeypatch, options, names):
+    monkeypatch.chdir(tmp_path)
+    onnx.save(cnn(), "in.onnx")
+    np.save("a.npy", images())
+    np.savez("i.npz", x=images())
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=f"{names} are the same file"):
+        quantize("in.onnx", **{"destination": "out.onnx", "calibrate": "a.npy", **options})
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    quantize("in.onnx", "in.onnx", calibrate="a.npy", round="nearest")  # the model itself may be replaced
 
 
 @pytest.mark.parametrize("path", ["missing.npz", "text.npz"])
@@ -324,6 +398,15 @@ def test_few_tokens_are_all_counted(number):
     assert some == pytest.approx(every, rel=0.05)
 
 
+def test_an_output_that_is_all_zero_passes_with_channels_split_by_batch():
+    model = cnn()
+    model.graph.initializer[-1].CopyFrom(onnx.numpy_helper.from_array(np.zeros((6, 8, 3, 3), np.float32), "w2"))
+    quantize(model, act_bits=8, act_split="dynamic", act_ratio=0.1)
+    text = "g (float[N,8,H,W] x, float[16,8,3,3] w) => (float[N,16,A,B] y) <float z = {0}>"
+    zero = with_weights(onnx.parser.parse_model(f"{HEAD} {text} {{ q = Mul(x, z) y = Conv(q, w) }}"))
+    quantize(zero, act_bits=8, act_split="dynamic", act_ratio=0.1)
+
+
 def test_data_that_is_zero_on_all_samples_can_be_split_and_clipped():
     result = quantize(cnn(), calibrate=np.zeros((4, 3, 8, 8), np.float32), act_ratio=0.3, verify=False)
     assert thresholds(result) == [0, 0]
@@ -364,6 +447,24 @@ def test_samples_that_are_not_used_are_told():
         cnn(), calibrate=images(), act_bits=6, act_split="dynamic", round="nearest", bias_correction=False
     )
     assert any("none were gathered or used" in note for note in result.report["notes"])
+
+
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [
+        ({"act_clip": "kl", "act_unsigned": True}, "--act-clip, --act-unsigned"),
+        (
+            {"calibration_samples": 5, "batch": 3, "calibration_stride": 2},
+            "--calibration-stride, --calibration-samples, --batch",
+        ),
+        ({"act_bits": 8, "act_split": "dynamic", "act_unsigned": True}, "--act-unsigned"),
+        ({"calibrate": images(), "act_clip": "kl", "calibration_stride": 2}, None),
+    ],
+)
+def test_options_that_do_nothing_are_told(options, idle):
+    notes = quantize(cnn(), verify=False, round="nearest", **options).report["notes"]
+    found = [note for note in notes if note.startswith("without effect here: ")]
+    assert found == ([] if idle is None else [f"without effect here: {idle}"])
 
 
 def test_a_recipe_for_weights_gets_eight_bit_activations_with_samples():

@@ -35,6 +35,11 @@ def bias_of(editor: Editor, layer: Layer) -> Bias | None:
     return Bias(node, 2, found) if isinstance(found, Weight) else None
 
 
+def makes_gemm(editor: Editor, data: gs.Tensor) -> bool:
+    """Whether onnxruntime makes a Gemm of a MatMul of this data, a matrix and a bias: if it can flatten the data."""
+    return editor.ranks.get(data.name) == 2 or None not in editor.shapes.get(data.name, (None,))
+
+
 def _added(editor: Editor, layer: Layer) -> Bias | None:
     output = layer.node.outputs[0]
     if len(output.outputs) != 1 or editor.is_result(output) or layer.weight_input != 1 or layer.output_axis is None:

@@ -218,12 +218,15 @@ class Editor:
         maker.outputs[[out is tensor for out in maker.outputs].index(True)] = value
         return value
 
-    def set_integer(self, scope: Scope, node: gs.Node, name: str, value: int) -> None:
-        """Give an attribute of a node of the source another value."""
+    def set_number(self, scope: Scope, node: gs.Node, name: str, value: float) -> None:
+        """Give an attribute of a node of the source another value of its type."""
         node.attrs[name] = value
         source = scope.sources[id(node)][1]
         (attribute,) = [item for item in source.attribute if item.name == name]
-        attribute.i = value
+        if attribute.type == onnx.AttributeProto.FLOAT:
+            attribute.f = value
+        else:
+            attribute.i = int(value)
 
     def forget_shapes(self, scope: Scope, names: set[str]) -> None:
         """Leave the shapes of these values to inference, since they are no longer those of the source."""

@@ -5,7 +5,7 @@ import hashlib
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -36,6 +36,24 @@ def map_file(path: Path) -> memoryview:
         raise UnsupportedModel(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except ValueError:
         raise UnsupportedModel(f"{path}: the file is empty; check how it was made") from None
+
+
+def keep_apart(read: Mapping[str, object], written: Mapping[str, object]) -> None:
+    """No file that is written may take the place of one that is read, or of another one that is written.
+
+    Args:
+        read, written: by the names that messages give them; what is no path does not matter.
+
+    Raises:
+        ValueError: two are the same file.
+    """
+    seen: dict[Path, str] = {}
+    for name, path in (*read.items(), *written.items()):
+        if not isinstance(path, str | Path):
+            continue
+        other = seen.setdefault(Path(path).resolve(), name)
+        if name in written and other != name:
+            raise ValueError(f"{name} and {other} are the same file, {path}; give {name} a name of its own")
 
 
 class ExternalData:

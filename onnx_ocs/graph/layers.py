@@ -295,12 +295,16 @@ def constant_behind(tensor: gs.Tensor, place: Place) -> Weight | str:
     return replace(weight, shape=weight.read(place.model, cast=False).shape)
 
 
+SHORT = (("value_int", np.int64), ("value_ints", np.int64), ("value_float", np.float32), ("value_floats", np.float32))
+"""Attributes of a Constant node that hold its value, and the types they have."""
+
+
 def tensor_of(tensor: gs.Tensor) -> onnx.TensorProto | None:
     """The proto of an initializer or of the value of a Constant node, under the name it is read by."""
     values = tensor._values if isinstance(tensor, gs.Constant) else None
     if values is None and tensor.inputs and tensor.inputs[0].op == "Constant":
         attributes = tensor.inputs[0].attrs
-        for key, kind in (("value_ints", np.int64), ("value_floats", np.float32)):
+        for key, kind in SHORT:
             if key in attributes:
                 return onnx.numpy_helper.from_array(np.array(attributes[key], kind), tensor.name)
         value = attributes.get("value")

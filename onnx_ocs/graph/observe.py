@@ -18,6 +18,9 @@ from onnx_ocs.graph.model import Model
 START = "onnx_ocs.start"
 """The input that says at which position the taken values begin; it counts modulo the steps."""
 
+COUNT = "onnx_ocs.count"
+"""The input that says how many samples are in a batch."""
+
 ENOUGH = 1024
 """Values of a sample that are taken at least, if it has so many."""
 
@@ -117,7 +120,8 @@ def observing(model: Model, tensors: list[Observed], stride: int) -> Model:
     for index, tensor in enumerate(tensors):
         build.observe(index, tensor, stride)
     build.join()
-    proto.graph.input.append(helper.make_tensor_value_info(START, TensorProto.INT64, [1]))
+    for name in (START, COUNT):
+        proto.graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT64, [1]))
     return model.sharing(proto)
 
 
@@ -153,25 +157,41 @@ class _Builder:
             self._reduce(op, values, over, f"{figure}.{index}")
             self._figures.setdefault(figure, []).append(f"{figure}.{index}")
         if not whole:
-            self._slice(values, tensor, steps, name, taken(index))
+            by = self.constant(f"{name}.steps", steps)
+            by = self._fewer(values, by, tensor, stride, name) if tensor.sizes is None else by
+            self._slice(values, tensor, by, name, taken(index))
         elif tensor.axis < -1:
             self._node("Identity", [values], taken(index))
         self._output(taken(index))
         if not whole and tensor.sizes is None:
-            self._output(self._node("Size", [values], size(index)), TensorProto.INT64)
+            self._output(size(index), TensorProto.INT64)
 
-    def _slice(self, values: str, tensor: Observed, steps: list[int], name: str, output: str) -> None:
-        """Every so many positions; where sizes are free, as many fewer as the tensor has few values."""
-        axes, by = self.constant(f"{name}.axes", tensor.over), self.constant(f"{name}.steps", steps)
-        if tensor.sizes is None:
-            number = self._node("Size", [values], f"onnx_ocs.{name}.number")
-            enough = self._node("Div", [number, self.constant(f"{name}.enough", [ENOUGH])], f"onnx_ocs.{name}.most")
-            shape = self._node("Shape", [values], f"onnx_ocs.{name}.sizes")
-            lengths = self._node("Gather", [shape, axes], f"onnx_ocs.{name}.lengths")
-            by = self._node("Min", [by, enough, lengths], f"onnx_ocs.{name}.fewer")
-            by = self._node("Max", [by, self.constant(f"{name}.one", [1])], f"onnx_ocs.{name}.by")
+    def _fewer(self, values: str, by: str, tensor: Observed, stride: int, name: str) -> str:
+        """The steps of a tensor whose sizes are free: shorter as far as a sample has few values.
+
+        Together they leave out as many values at most as :meth:`Observed.steps` does, the same share on each axis.
+        """
+        number = self._node("Size", [values], size(int(name.rpartition(".")[2])))
+        least = self._node("Mul", [COUNT, self.constant(f"{name}.enough", [ENOUGH])], f"onnx_ocs.{name}.least")
+        share = self._node("Div", [number, least], f"onnx_ocs.{name}.share")
+        left = self._node("Min", [share, self.constant(f"{name}.stride", [stride])], f"onnx_ocs.{name}.left")
+        if len(tensor.over) > 1:
+            root = helper.make_tensor(f"onnx_ocs.{name}.root", TensorProto.FLOAT, [1], [1 / len(tensor.over)])
+            self._graph.initializer.append(root)
+            real = self._node("Cast", [left], f"onnx_ocs.{name}.real", to=TensorProto.FLOAT)
+            side = self._node("Pow", [real, root.name], f"onnx_ocs.{name}.side")
+            left = self._node("Cast", [side], f"onnx_ocs.{name}.each", to=TensorProto.INT64)
+        shape = self._node("Shape", [values], f"onnx_ocs.{name}.sizes")
+        axes = self.constant(f"{name}.free", tensor.over)
+        lengths = self._node("Gather", [shape, axes], f"onnx_ocs.{name}.lengths")
+        by = self._node("Min", [by, left, lengths], f"onnx_ocs.{name}.fewer")
+        return self._node("Max", [by, self.constant(f"{name}.one", [1])], f"onnx_ocs.{name}.by")
+
+    def _slice(self, values: str, tensor: Observed, by: str, name: str, output: str) -> None:
+        """Every so many positions."""
         start = self._node("Mod", [START, by], f"onnx_ocs.{name}.from")
-        ends = self.constant(f"{name}.ends", [LAST] * len(steps))
+        axes = self.constant(f"{name}.axes", tensor.over)
+        ends = self.constant(f"{name}.ends", [LAST] * len(tensor.over))
         self._node("Slice", [values, start, ends, axes, by], output)
 
     def join(self) -> None:

@@ -100,11 +100,14 @@ def stored(samples: Samples, folder: Path, limit: int | None = None) -> Path:
     items = [samples] if isinstance(samples, np.ndarray | Mapping) else itertools.islice(samples, limit)
     for number, item in enumerate(items):
         if isinstance(item, Mapping):
-            np.savez(folder / f"{number:08}.npz", **{name: np.asarray(values) for name, values in item.items()})  # type: ignore[arg-type]
+            arrays: dict[str, Any] = {name: np.asarray(values, order="C") for name, values in item.items()}
+            np.savez(folder / f"{number:08}.npz", **arrays)
         elif isinstance(item, np.ndarray):
-            np.save(folder / f"{number:08}.npy", np.ascontiguousarray(item))
+            np.save(folder / f"{number:08}.npy", np.asarray(item, order="C"))
         else:
             raise BadSamples(f"sample {number} is a {type(item).__name__}; give an array, or a dict of them by input")
+    if not any(folder.iterdir()):
+        raise BadSamples("the given samples are none; give at least one")
     return folder
 
 
@@ -269,14 +272,16 @@ class _arrays:
 def _fit(path: Path, item: Input, dtype: np.dtype[Any], shape: tuple[int, ...], samples: bool = False) -> None:
     """Refuse an array that the input cannot take."""
     if dtype != item.dtype:
-        raise BadSamples(f"{path}: input {item.name!r} takes {item.dtype.name}, not {dtype.name}")
+        order = " of the other byte order" if dtype.newbyteorder() == item.dtype else ""
+        taken = f"input {item.name!r} takes {item.dtype.name}, not {dtype.name}{order}"
+        raise BadSamples(f"{path}: {taken}; convert the samples (numpy.ndarray.astype)")
     fixed = item.shape[1:] if samples else item.shape
     given = shape[1:] if samples else shape
     if len(shape) != len(item.shape) or any(
         isinstance(want, int) and want != have for want, have in zip(fixed, given, strict=False)
     ):
         wanted = [size if isinstance(size, int) else "?" for size in item.shape]
-        raise BadSamples(f"{path}: input {item.name!r} takes shape {wanted}, not {list(shape)}")
+        raise BadSamples(f"{path}: input {item.name!r} takes shape {wanted}, not {list(shape)}; reshape the samples")
 
 
 @dataclass(frozen=True)

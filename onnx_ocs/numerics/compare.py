@@ -7,6 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+NOTHING = 1e-25
+"""An output whose reference is all zero may differ by less: what is left of sums that cancel."""
+
+NOTHING = 1e-25
+"""By how much an output may differ whose reference is all zero: what is left of sums that cancel."""
+
 EXACT_DB = 200.0
 """Stands for equal outputs, whose signal-to-noise ratio has no number; its negative for noise without a signal."""
 
@@ -94,6 +100,8 @@ class Difference:
     def max_rel_error(self) -> float:
         """The largest error relative to the largest magnitude of the reference."""
         if self.max_abs_error == 0:
+            return 0.0
+        if not self.peak and self.max_abs_error < NOTHING:
             return 0.0
         return self.max_abs_error / self.peak if self.peak else math.inf
 

@@ -108,13 +108,18 @@ class MomentRecorder:
         self._middle: NDArray[np.float32] | None = None  # (groups, n), the mean of the first rows
         self._rows = 0
 
-    def add(self, rows: NDArray[Any]) -> None:
-        """(rows, groups, n): fold some rows in; they may be a view, of which parts are copied one after the other."""
+    def add(self, rows: NDArray[Any], times: int = 1) -> None:
+        """(rows, groups, n): fold some rows in; they may be a view, of which parts are copied one after the other.
+
+        Args:
+            times: how often each row counts, where only the mean is asked for.
+        """
+        assert times == 1 or self._products is None
         step = max(1, ROWS // max(1, math.prod(rows.shape[1:])))
         for start in range(0, len(rows), step):
             part = np.array(rows[start : start + step], np.float32, order="C")
             total = part.sum(axis=0, dtype=np.float64)
-            self._sum += total
+            self._sum += times * total
             if self._products is not None and len(part):
                 if self._middle is None:
                     self._middle = (total / len(part)).astype(np.float32)
@@ -123,7 +128,7 @@ class MomentRecorder:
                 kind: type[np.floating[Any]] = np.float64 if large else np.float32
                 by_group: NDArray[Any] = part.astype(kind, copy=False).transpose(1, 2, 0)
                 self._products += by_group @ by_group.transpose(0, 2, 1)
-            self._rows += len(part)
+            self._rows += times * len(part)
 
     def finish(self) -> Moments:
         """The moments of all rows so far.

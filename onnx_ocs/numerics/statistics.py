@@ -147,7 +147,10 @@ class Statistics:
 
         Raises:
             KeyError: one is missing.
+            ValueError: they do not fit together.
         """
+        if len({len(arrays[name]) for name in ("low", "high", "mean", "square", "channel_counts")}) > 1:
+            raise ValueError("arrays of different lengths")
         plain: dict[str, Any] = {name: arrays[name].item() for name in ("reach", "zeros", "values", "samples")}
         return cls(**{item.name: plain.get(item.name, arrays[item.name]) for item in fields(cls)})
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_ocs.graph.streams import is_depthwise
 from onnx_ocs.numerics.grid import Grid
 from onnx_ocs.numerics.integers import least_error_threshold, split_integers
 from onnx_ocs.numerics.rounding import BY_MOMENTS
@@ -67,8 +68,7 @@ class ChooseSteps:
     def _most(self, plan: LayerPlan) -> int | None:
         """The largest integer of the layer's data, if its kernel adds products in pairs; it shifts signed ones."""
         layer, data = plan.layer, plan.activation
-        depthwise = layer.groups > 1 and layer.groups == layer.channels
-        if not self.safe or data is None or depthwise or layer.output_axis is None:
+        if not self.safe or data is None or is_depthwise(layer) or layer.output_axis is None:
             return None
         most = data.limits[1] if data.unsigned else data.limits[1] + 128
         return most if layer.node.op in PAIRED and layer.weight_input == 1 else None

@@ -67,6 +67,11 @@ class _Placement:
             self._float |= {
                 plan.layer.data.name for plan in work.plans if plan.declined and plan.layer.scope is self._main
             }
+        self._float |= {  # between quantized tensors the runtime would take a kernel that does something else
+            node.inputs[0].name
+            for node in self._main.graph.nodes
+            if node.op in self._target.computes and not self._target.does_compute(node)
+        }
         self._tensors: dict[str, gs.Tensor] = {}
         self._readers: dict[str, list[Reader]] = {}
         self._made: set[str] = set()  # by integer kernels
@@ -96,9 +101,9 @@ class _Placement:
             out = self._end(node.outputs[0])
             self._make(out)
             for index in self._places(node):
-                if node.op in self._target.moves:
+                if self._target.does_move(node):
                     self._together.join(node.inputs[index].name, out.name)
-                if node.op in self._target.moves | self._target.one_scale:
+                if self._target.does_move(node) or node.op in self._target.one_scale:
                     self._better.join(node.inputs[index].name, out.name)
         order = {id(node): place for place, node in enumerate(nodes)}
         for node in nodes:
@@ -135,7 +140,7 @@ class _Placement:
         if self._editor.is_result(tensor) or not tensor.outputs:
             return False
         return all(
-            node.op in self._target.moves | self._target.one_scale
+            (self._target.does_move(node) or node.op in self._target.one_scale)
             and any(reader is node for reader, _ in self._readers.get(tensor.name, ()))
             for node in tensor.outputs
         )
@@ -163,7 +168,7 @@ class _Placement:
         target = self._target
         if id(node) in self._plans or node.domain not in (None, "", "ai.onnx"):
             return False
-        if node.op not in target.computes | target.moves or len(node.outputs) != 1:
+        if not (target.does_compute(node) or target.does_move(node)) or len(node.outputs) != 1:
             return False
         return all(
             not isinstance(Place(node, self._main, self._editor).weight(index), Weight)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 import onnx
 
-from onnx_ocs.graph.biases import bias_of
+from onnx_ocs.graph.biases import bias_of, makes_gemm
 from onnx_ocs.graph.qdq import dequantize
 from onnx_ocs.passes.base import Work
 from onnx_ocs.plans import LayerPlan
@@ -36,7 +36,7 @@ class QuantizeBiases:
         layer, edit, data = plan.layer, work.editor, plan.activation
         if data is None or data.step is None or plan.step is None or layer.weight.data_type != onnx.TensorProto.FLOAT:
             return
-        if layer.node.op == "MatMul" and edit.ranks.get(layer.node.outputs[0].name) != 2:
+        if layer.node.op == "MatMul" and not (len(layer.weight.shape) == 2 and makes_gemm(edit, layer.data)):
             return
         found = bias_of(edit, layer)
         if found is None or found.held is None:

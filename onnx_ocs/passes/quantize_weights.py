@@ -36,7 +36,7 @@ class QuantizeWeights:
             del made[key]
         edit.rewire(*(plan.reader or (layer.node, layer.weight_input)), written.read)
         if plan.turned:
-            edit.set_integer(layer.scope, layer.node, "transB", 0)
+            edit.set_number(layer.scope, layer.node, "transB", 0)
         assert plan.threshold is not None
         assert plan.step is not None
         threshold = plan.threshold * (written.step / plan.step)

@@ -35,7 +35,7 @@ class WidenMakers:
                 source = sources[layer.node.outputs[0].name]
                 self._repeat(work, stream, layer.node, 2, axis, source, wide.gain(layer))
         for layer in stream.depthwise:
-            edit.set_integer(scope, layer.node, "group", len(sources[layer.node.outputs[0].name]))
+            edit.set_number(scope, layer.node, "group", len(sources[layer.node.outputs[0].name]))
         for node, passage in stream.passages:
             (first, *_) = passage.inputs
             for index, axis in passage.constants.items():
@@ -44,7 +44,7 @@ class WidenMakers:
                 shape = edit.constant(scope, f"{node.inputs[passage.shape].name}.flat", np.array([0, -1], np.int64))
                 edit.rewire(node, passage.shape, shape)
                 if node.attrs.get("allowzero", 0):  # under which 0 is a size, and not that of the input
-                    edit.set_integer(scope, node, "allowzero", 0)
+                    edit.set_number(scope, node, "allowzero", 0)
         edit.forget_shapes(scope, set(sources))
 
     def _repeat(

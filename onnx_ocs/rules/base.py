@@ -54,6 +54,11 @@ class View:
         """Whether any data is quantized, or weights alone."""
         return any(found.quantizes and not found.constant for found in self.wiring.quantizers)
 
+    @property
+    def quantizes_weights(self) -> bool:
+        """Whether any constant is quantized, or data alone."""
+        return any(found.constant for found in self.wiring.quantizers)
+
     @functools.cached_property
     def quantizers(self) -> list[Quantizer]:
         """Those of the model but for each DequantizeLinear that says what the QuantizeLinear before it says."""

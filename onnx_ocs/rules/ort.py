@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnx_ocs.graph.biases import makes_gemm
 from onnx_ocs.graph.quantized import DEQUANTIZE, QUANTIZE, MatrixNode, Quantizer, maker_of
 from onnx_ocs.rules.base import Problem, View, rule
 from onnx_ocs.rules.formats import lowest
@@ -32,8 +33,8 @@ def written_zero_point(view: View) -> Iterator[Problem]:
 def both_operands(view: View) -> Iterator[Problem]:
     """A layer computes on integers where its data and its weight are quantized.
 
-    Where no data is quantized at all, weights alone are, on purpose: that is a note. INT4 and FP4 weights are meant to
-    stand beside float data.
+    Where no data is quantized at all, weights alone are, on purpose, and the other way round: that is a note. INT4 and
+    FP4 weights are meant to stand beside float data.
     """
     for layer in view.quantized_layers:
         found = layer.weight.dequantizer or layer.data.dequantizer
@@ -51,6 +52,7 @@ def both_operands(view: View) -> Iterator[Problem]:
                 layer.place,
                 "one of its operands is quantized and the other is float, so that it computes in float",
                 "quantize both, or neither",
+                None if view.quantizes_weights else "note",
             )
 
 
@@ -180,7 +182,8 @@ def _told(tensor: gs.Tensor) -> str:
 def gemm(view: View) -> Iterator[Problem]:
     """A Gemm has an INT32 bias or none, and beta = 1 (GemmNodeGroupSelector).
 
-    A MatMul of two dimensions with an Add of a constant behind it is made a Gemm first (matmul_add_fusion.cc).
+    A MatMul with an Add of a constant behind it is made a Gemm first, if its data has two dimensions or all of them are
+    known (matmul_add_fusion.cc).
     """
     remedy = "store the bias as INT32 with the scale of data times weight, behind DequantizeLinear"
     for layer in _candidates(view):
@@ -197,13 +200,20 @@ def gemm(view: View) -> Iterator[Problem]:
 
 def _added(view: View, layer: MatrixNode) -> gs.Node | None:
     """The Add of a float constant that onnxruntime takes into a Gemm with the MatMul ``layer``."""
-    reader = view.wiring.sole_reader(layer.output)
+    added = _bias_behind(view, layer)
+    if added is None or layer.output_axis is None or not makes_gemm(view.wiring.editor, layer.data.tensor):
+        return None
+    (bias,) = (view.wiring.operand(tensor) for tensor in added.inputs if tensor is not layer.output)
+    return None if bias.quantized else added
+
+
+def _bias_behind(view: View, layer: MatrixNode) -> gs.Node | None:
+    """The Add of a constant that alone reads the MatMul ``layer``."""
+    reader = view.wiring.sole_reader(layer.output) if layer.node.op == "MatMul" else None
     if reader is None or reader.op != "Add" or len(reader.inputs) != 2:
         return None
-    others = [view.wiring.operand(tensor) for tensor in reader.inputs if tensor is not layer.output]
-    ranks = view.wiring.editor.ranks
-    flat = ranks.get(layer.data.tensor.name) == 2 and (layer.output_axis is not None)
-    return reader if flat and len(others) == 1 and others[0].constant and not others[0].quantized else None
+    others = [tensor for tensor in reader.inputs if tensor is not layer.output]
+    return reader if len(others) == 1 and view.wiring.operand(others[0]).constant else None
 
 
 @rule("four-bit-weight", "note", explains=True)
@@ -247,8 +257,11 @@ def partly(view: View) -> Iterator[Problem]:
 
     At the end of a model a float output is worth more than a kernel on integers: that is a note.
     """
+    biases = {id(added) for layer in _candidates(view) if (added := _bias_behind(view, layer)) is not None}
     for place in view.nodes(view.target.computes):
         node = place.node
+        if id(node) in biases or not view.target.does_compute(node):  # the first is a part of the layer
+            continue
         given = [tensor for tensor in node.inputs if tensor.name]
         dequantized = [(maker := maker_of(tensor)) is not None and maker.op == DEQUANTIZE for tensor in given]
         quantized = _quantizer_behind(view, node.outputs[0]) is not None
@@ -269,7 +282,7 @@ def _ends(view: View, tensor: gs.Tensor) -> bool:
     """Whether ``tensor`` is an output of the model, but for nodes that only move it."""
     while not view.wiring.is_output(tensor):
         reader = view.wiring.sole_reader(tensor)
-        if reader is None or reader.op not in view.target.moves:
+        if reader is None or not view.target.does_move(reader):
             return False
         tensor = reader.outputs[0]
     return True
@@ -279,6 +292,8 @@ def _ends(view: View, tensor: gs.Tensor) -> bool:
 def moved_scale(view: View) -> Iterator[Problem]:
     """MaxPool, Reshape and other moves keep the scale, so that the pairs vanish (DropQDQNodeGroupSelector)."""
     for place in view.nodes(view.target.moves):
+        if not view.target.does_move(place.node):
+            continue
         before, behind = maker_of(place.node.inputs[0]), view.wiring.sole_reader(place.node.outputs[0])
         if before is None or before.op != DEQUANTIZE or behind is None or behind.op != QUANTIZE:
             continue

@@ -94,8 +94,15 @@ def constant_scale(view: View) -> Iterator[Problem]:
 
 @rule("int4-blocks", "error")
 def int4_blocks(view: View) -> Iterator[Problem]:
-    """INT4 for weights alone, in blocks, with an even last dimension (guide; parser: "4-bit quantization ...")."""
+    """INT4 for weights alone, in blocks, with an even last dimension (guide; parser: "4-bit quantization ...").
+
+    And blocks for INT4 alone.
+    """
     for found in view.quantizers:
+        if found.type_name == "INT8" and found.is_blocked:
+            yield Problem(
+                found.place, "INT8 has a scale for each block", "use one scale for each output, or store it as INT4"
+            )
         if found.type_name != "INT4":
             continue
         if not found.constant:

@@ -1,7 +1,9 @@
 """What a runtime wants of a model with QuantizeLinear and DequantizeLinear nodes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
+import onnx_graphsurgeon as gs
 
 VALID = ("opset", "scale-shape", "scale-positive")
 """Rules of the ONNX standard itself, which hold everywhere."""
@@ -29,6 +31,9 @@ class Target:
 
     moves: frozenset[str] = frozenset()
     """Operators that only move values: the output has the scale of the input."""
+
+    only: Mapping[str, Callable[[gs.Node], bool]] = field(default_factory=dict)
+    """Of some of these operators, which nodes are meant; the others have no integer kernel, or change values."""
 
     one_scale: frozenset[str] = frozenset()
     """Of those that compute, what has one scale for all its inputs and its output."""
@@ -72,6 +77,12 @@ class Target:
     multiples: tuple[int, ...] = ()
     """Numbers of channels of data of which the integer kernels want a multiple, the best first."""
 
+    float_multiples: tuple[int, ...] = ()
+    """The same of the float kernels."""
+
+    plain_gemm: bool = False
+    """Whether a Gemm of quantized data must have no factors (alpha, beta)."""
+
     adds_pairs: bool = False
     """Whether its kernels add products in pairs, in 16 bits, on some CPUs (x86 without VNNI)."""
 
@@ -83,3 +94,14 @@ class Target:
 
     rules: tuple[str, ...] = VALID
     """What the lint looks for, by the names of its rules, in this order."""
+
+    def does_compute(self, node: gs.Node) -> bool:
+        """Whether ``node`` is one of :attr:`computes`."""
+        return node.op in self.computes and self._is_meant(node)
+
+    def does_move(self, node: gs.Node) -> bool:
+        """Whether ``node`` is one of :attr:`moves`."""
+        return node.op in self.moves and self._is_meant(node)
+
+    def _is_meant(self, node: gs.Node) -> bool:
+        return node.op not in self.only or self.only[node.op](node)

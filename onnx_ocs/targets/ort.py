@@ -1,6 +1,19 @@
 """ONNX Runtime on CPUs: a node becomes an integer kernel when all its inputs and its output are quantized."""
 
+import onnx_graphsurgeon as gs
+
 from onnx_ocs.targets.base import VALID, Target
+
+
+def _is_dense(pool: gs.Node) -> bool:
+    """Whether its window has no holes, which its integer kernel does not know."""
+    return all(step == 1 for step in pool.attrs.get("dilations", ()))
+
+
+def _is_nearest(resize: gs.Node) -> bool:
+    """Whether it takes values as they are; any other mode makes new ones."""
+    return bool(resize.attrs.get("mode", "nearest") == "nearest")
+
 
 TARGET = Target(
     name="ort",
@@ -8,6 +21,7 @@ TARGET = Target(
     unsigned=True,
     outputs=frozenset({"Conv"}),  # Gemm and MatMul write float where no integer kernel reads them
     computes=frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Softmax"}),
+    only={"AveragePool": _is_dense, "Resize": _is_nearest},
     one_scale=frozenset({"Concat"}),  # which copies then; and what is rounded twice would be no finer
     moves=frozenset(
         {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather", "Resize"}
@@ -17,6 +31,8 @@ TARGET = Target(
     integer_containers=frozenset({8}),  # others stay behind a DequantizeLinear
     gathers_integers=True,
     multiples=(4,),
+    float_multiples=(16,),
+    plain_gemm=True,
     adds_pairs=True,
     block=16,
     gather_moves=3,  # its kernels have channels last, so that it is transposed before and after

@@ -53,6 +53,16 @@ def test_batches_fold_into_the_moments_of_all_rows(rng):
         np.testing.assert_allclose(moments.about(True)[group], np.cov(here.T, bias=True), rtol=0, atol=1e-5)
 
 
+def test_patches_of_the_mean_of_some_samples_have_the_mean_of_their_patches(rng):
+    window = Window((3, 2), (2, 1), (1, 2), (1, 0, 1, 2))
+    data = rng.standard_normal((5, 4, 7, 6)).astype(np.float32)
+    whole, folded = (MomentRecorder(2, 12, second=False) for _ in range(2))
+    for part in np.split(data, [3]):
+        whole.add(rows_of(part, -3, 2, window))
+        folded.add(rows_of(part.mean(axis=0, keepdims=True), -3, 2, window), len(part))
+    np.testing.assert_allclose(folded.finish().mean, whole.finish().mean, rtol=0, atol=1e-6)
+
+
 def test_a_mean_that_is_large_beside_the_spread_leaves_the_spread_exact(rng):
     """In float32 the products are off by more than all that is left of them without the mean."""
     spread = rng.standard_normal((300, 6)) * [1e-3, 1e-2, 1, 1, 1, 0]

@@ -7,7 +7,7 @@ import onnx
 import onnx.parser
 import onnxruntime as ort
 import pytest
-from operators import HEAD
+from operators import HEAD, with_weights
 
 from onnx_ocs import lint, quantize
 from onnx_ocs.targets import TARGETS
@@ -221,6 +221,17 @@ def test_no_sum_of_two_products_leaves_16_bits(ratio, grain, images):
         assert np.square(before - after).sum() < 1e-3 * np.square(before).sum()
 
 
+def test_a_depthwise_layer_that_makes_several_channels_of_each_adds_pairs_too():
+    text = "g (float[N,16,8,8] x, float[32,1,3,3] w, float[8,32,1,1] w2) => (float[N,8,6,6] y)"
+    model = onnx.parser.parse_model(f"{HEAD} {text} {{ c = Conv <group=16> (x, w) r = Relu(c) y = Conv(r, w2) }}")
+    model = with_weights(model)
+    model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.full((32, 1, 3, 3), 1 / 9, np.float32), "w"))
+    x = np.random.default_rng(0).uniform(0.7, 1, (8, 16, 8, 8)).astype(np.float32)
+    options = {"calibrate": x, "target": "ort", "ratio": 0, "round": "nearest"}
+    assert saturating(quantize(model, saturation_safe=False, **options).model)
+    assert not saturating(quantize(model, **options).model)
+
+
 def test_raised_thresholds_keep_more_than_seven_bits(images):
     safe, seven = (made(images, target="ort", bits=bits, saturation_safe=bits == 8) for bits in (8, 7))
     for eight, less in zip(safe.report["layers"], seven.report["layers"], strict=True):
@@ -304,9 +315,9 @@ def test_statistics_of_another_target_are_said_to_lack_tensors(images, tmp_path)
     assert any("statistics do not cover" in note for note in result.report["notes"])
 
 
-@pytest.mark.parametrize("rank", [2, 3])
-def test_a_matmul_and_the_sum_behind_it_run_on_integers(rank, tmp_path):
-    shape = "N,8" if rank == 2 else "N,3,8"
+@pytest.mark.parametrize("shape", ["N,8", "N,3,8", "16,3,8"])
+def test_a_matmul_and_the_sum_behind_it_run_on_integers(shape, tmp_path):
+    """Where all sizes are known, onnxruntime makes a Gemm of them."""
     text = f"""{HEAD} g (float[{shape}] x) => (float[{shape.replace("8", "4")}] y) {{
         m = MatMul (x, w)
         h = Add (m, b)
@@ -318,8 +329,9 @@ def test_a_matmul_and_the_sum_behind_it_run_on_integers(rank, tmp_path):
     rng = np.random.default_rng(3)
     for name, dims in (("w", (8, 16)), ("b", (16,)), ("v", (16, 4)), ("c", (4,))):
         model.graph.initializer.append(onnx.numpy_helper.from_array(rng.standard_normal(dims).astype(np.float32), name))
-    x = rng.standard_normal((16, 8) if rank == 2 else (16, 3, 8)).astype(np.float32)
+    x = rng.standard_normal((*(16, 3)[: shape.count(",")], 8)).astype(np.float32)
     result = quantize(model, calibrate=x, target="ort", first="same", min_sqnr=25)
+    assert lint(result.model, target="ort").findings == []
     operators = integer_operators(result.model, tmp_path)
     assert operators["QGemm"] + operators["MatMulIntegerToFloat"] + operators["QLinearMatMul"] == 2
     assert not {"MatMul", "Gemm"} & set(operators)
@@ -451,3 +463,60 @@ def test_the_ratio_of_one_layer_is_not_that_of_others():
     _, other, named = quantize(fork(), ratio=0.0, layer="^d$:ratio=0.5", **options).report["layers"]
     assert named["status"] == "split"
     assert other["reason"] in (None, "ratio 0")
+
+
+@pytest.mark.parametrize("target", ["ort", "openvino"])
+@pytest.mark.parametrize("attributes", ["alpha=0.5", "beta=2.0", "alpha=3.0, beta=0.5, transB=1"])
+def test_factors_of_a_gemm_are_folded(attributes, target, tmp_path):
+    shape = "12,8" if "transB" in attributes else "8,12"
+    text = f"""{HEAD} g (float[N,8] x, float[{shape}] w, float[12] wb, float[12,4] w2) => (float[N,4] y) {{
+        h = Gemm <{attributes}> (x, w, wb)
+        r = Relu (h)
+        y = Gemm (r, w2)
+    }}"""
+    model = with_weights(onnx.parser.parse_model(text))
+    x = np.random.default_rng(1).standard_normal((32, 8)).astype(np.float32)
+    result = quantize(model, calibrate=x, target=target, min_sqnr=25)
+    assert all(not {"alpha", "beta"} & {a.name for a in node.attribute if a.f != 1} for node in result.model.graph.node)
+    assert any("factors of Gemm" in note for note in result.report["notes"])
+    if target == "ort":
+        assert integer_operators(result.model, tmp_path)["QGemm"] == 2
+        assert lint(result.model, target="ort").passed
+    plain = quantize(model, calibrate=x, target="generic").model
+    assert any(a.name in ("alpha", "beta") and a.f != 1 for node in plain.graph.node for a in node.attribute)
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        'Resize <mode="linear"> (r, , up)',
+        'Resize <mode="cubic"> (r, , up)',
+        "AveragePool <kernel_shape=[2,2], dilations=[2,2]> (r)",
+        'Resize <mode="nearest"> (r, , up)',
+    ],
+)
+def test_operators_that_have_no_integer_kernel_do_not_narrow_what_they_read(node):
+    """An interpolation has a range of its own, and a pool with holes runs in float."""
+    text = f"""<ir_version: 9, opset_import: ["" : 19]>
+    g (float[N,3,8,8] x, float[8,3,3,3] w, float[4,8,3,3] w2) => (float[N,4,A,B] y)
+    <float[4] up = {{1, 1, 2, 2}}> {{ c = Conv(x, w) r = Relu(c) a = {node} y = Conv(a, w2) }}"""
+    model = with_weights(onnx.parser.parse_model(text))
+    x = np.random.default_rng(1).standard_normal((16, 3, 8, 8)).astype(np.float32)
+    quantize(model, calibrate=x, target="ort", first="same", ratio=0, act_clip="none", min_sqnr=32)
+
+
+@pytest.mark.parametrize(("options", "multiple"), [({}, 1), ({"align": "auto"}, 16), ({"align": 8}, 8)])
+def test_float_kernels_have_a_multiple_of_their_own(options, multiple):
+    text = "g (float[N,64,8,8] x, float[64,64,3,3] w, float[8,64,1,1] w2) => (float[N,8,A,B] y)"
+    model = with_weights(onnx.parser.parse_model(f"{HEAD} {text} {{ c = Conv(x, w) r = Relu(c) y = Conv(r, w2) }}"))
+    rows = quantize(model, float=True, target="ort", ratio=0.02, **options).report["layers"]
+    assert [row["extra"] for row in rows] == [{1: 2, 8: 8, 16: 16}[multiple]] * 2
+
+
+def test_a_depthwise_layer_whose_channels_are_made_twice_is_not_called_split():
+    text = "g (float[N,16,8,8] x, float[64,16,1,1] w, float[64,1,3,3] w2, float[8,64,1,1] w3) => (float[N,8,A,B] y)"
+    body = "{ c = Conv(x, w) r = Relu(c) d = Conv <group=64> (r, w2) e = Relu(d) y = Conv(e, w3) }"
+    model = with_weights(onnx.parser.parse_model(f"{HEAD} {text} {body}"))
+    rows = quantize(model, target="ort", ratio=0.05, fold="always", round="nearest", align=1).report["layers"]
+    assert [(row["status"], row["extra"]) for row in rows] == [("split", 1), ("quantized", 0), ("split", 4)]
+    assert rows[1]["widened"] == 68

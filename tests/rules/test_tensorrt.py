@@ -274,6 +274,17 @@ def test_a_rule_finds_its_violation_and_no_other_rule_does(rule):
         ),
         ("int4-blocks", "q", conv(zero="n", n=int4(0))),
         (
+            "int4-blocks",
+            "wd",
+            qdq_model(
+                """g (float[4,32] x) => (float[4,8] y) {
+                wd = DequantizeLinear <axis=0, block_size=16> (w, ws)
+                y = MatMul(x, wd) }""",
+                w=np.ones((32, 8), np.int8),
+                ws=np.ones((2, 8), np.float32),
+            ),
+        ),
+        (
             "residual",
             "a",
             qdq_model(
@@ -292,6 +303,15 @@ def test_other_forms_of_a_violation_are_found(rule, node, model):
     outcome = lint(model, target="tensorrt")
     assert not outcome.passed
     assert (rule, node) in {(found.rule, found.node) for found in outcome.findings}
+
+
+@pytest.mark.parametrize("kind", ["value_float = 0.5", "value_floats = [0.5]"])
+def test_a_scale_may_be_a_constant_in_short(kind):
+    text = CONV.format(scale="k", zero="z", attributes="").replace(
+        "{", f"{{ k0 = Constant <{kind}> () k = Identity(k0)", 1
+    )
+    findings = lint(qdq_model(text), target="tensorrt").findings
+    assert not [found for found in findings if found.rule == "constant-scale"]
 
 
 def test_two_shortcuts_of_layers_may_meet_in_an_add():
