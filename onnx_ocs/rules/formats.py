@@ -129,6 +129,19 @@ def int4_odd(view: View) -> Iterator[Problem]:
             )
 
 
+@rule("gemm-alpha", "error")
+def gemm_alpha(view: View) -> Iterator[Problem]:
+    """A Gemm of UINT8 data has alpha = 1 (with another, OpenVINO 2026.4 gives values of 1e7; docs/openvino.md)."""
+    for layer in view.quantized_layers:
+        data, alpha = layer.data.dequantizer, layer.node.attrs.get("alpha", 1.0)
+        if layer.node.op == "Gemm" and alpha != 1 and data is not None and data.type_name == "UINT8":
+            yield Problem(
+                layer.place,
+                f"alpha is {alpha:g} and its data is UINT8, which OpenVINO computes wrongly",
+                "multiply the weight by alpha, and set alpha to 1",
+            )
+
+
 def is_symmetric(found: Quantizer) -> bool:
     """Whether every zero point is known to be zero."""
     return found.zero_point is not None and not np.any(np.asarray(found.zero_point, np.float32))

@@ -17,5 +17,5 @@ TARGET = Target(
     plain_gemm=True,  # with alpha it computes something else from quantized data
     adds_pairs=True,
     block=16,
-    rules=(*VALID, "int2", "int4-odd"),
+    rules=(*VALID, "int2", "int4-odd", "gemm-alpha"),
 )

@@ -14,6 +14,7 @@ from onnx_ocs.graph.model import Model
 from onnx_ocs.graph.quantized import Wiring
 from onnx_ocs.rules.base import RULES
 from onnx_ocs.targets import TARGETS
+from onnx_ocs.targets.base import VALID
 
 CLEAN = """g (float[1,16,6,6] x) => (float[1,32,4,4] y) {
     q = QuantizeLinear(x, s, z)
@@ -185,6 +186,15 @@ OPENVINO = {
         "g (float[4,15] x) => (float[4,8] y) { wd = DequantizeLinear(w, s) y = Gemm <transB=1> (x, wd) }",
         {"w": int4(np.ones((8, 15)))},
     ),
+    "gemm-alpha": (
+        "y",
+        """g (float[4,16] x) => (float[4,8] y) {
+        q = QuantizeLinear(x, s, h)
+        d = DequantizeLinear(q, s, h)
+        wd = DequantizeLinear(w, s, z)
+        y = Gemm <transB=1, alpha=0.5> (d, wd) }""",
+        {"w": np.ones((8, 16), np.int8)},
+    ),
 }
 
 
@@ -197,6 +207,10 @@ def test_a_rule_of_openvino_finds_its_violation_and_no_other_rule_does(rule):
         next(held for held in model.graph.initializer if held.name == "w").CopyFrom(tensor)
     assert [(found.rule, found.node) for found in lint(model, target="openvino").findings] == [(rule, node)]
     assert lint(model, target="generic").findings == []
+
+
+def test_a_rule_is_planted_for_everything_that_openvino_gets_wrong():
+    assert set(OPENVINO) == set(TARGETS["openvino"].rules) - set(VALID)
 
 
 def test_blocks_that_do_not_fit_are_found():
