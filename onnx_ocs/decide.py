@@ -21,7 +21,6 @@ from onnx_ocs.passes.choose_rounding import ChooseRounding
 from onnx_ocs.passes.choose_steps import ChooseSteps
 from onnx_ocs.passes.equalize_layers import EqualizeLayers
 from onnx_ocs.passes.fold_batch_normalization import FoldBatchNormalization
-from onnx_ocs.passes.fold_factors import FoldFactors
 from onnx_ocs.passes.limit_costs import LimitCosts
 from onnx_ocs.passes.place_tensors import PlaceTensors
 from onnx_ocs.passes.plan_activations import UNCOVERED, PlanActivations
@@ -29,6 +28,7 @@ from onnx_ocs.passes.plan_blocks import PlanBlocks
 from onnx_ocs.passes.plan_splits import PlanSplits
 from onnx_ocs.passes.plan_streams import PlanStreams
 from onnx_ocs.passes.select_layers import SelectLayers
+from onnx_ocs.passes.write_plainly import WritePlainly
 from onnx_ocs.plans import LayerPlan
 from onnx_ocs.recipe import Recipe
 from onnx_ocs.run import Run
@@ -57,7 +57,7 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
     foreseen = predicted(work.editor)
     if recipe.fold_bn and _fold(run, model, work):
         work, declined = _found(run, model, select, blocks)
-    if recipe.act_bits is not None and not recipe.float and recipe.rules.plain_gemm and _plain(run, work):
+    if recipe.act_bits is not None and not recipe.float and recipe.rules.plain and _plain(run, model, work):
         work, declined = _found(run, model, select, blocks)
     if recipe.equalize and (factors := _equalize(run, model, work)):
         work, declined = _found(run, model, select, blocks)
@@ -195,14 +195,15 @@ def _fold(run: Run, model: Model, work: Work) -> int:
     return folded
 
 
-def _plain(run: Run, work: Work) -> int:
-    """Fold the factors of each Gemm that is worked on; how many."""
-    folded = FoldFactors().apply(work.editor, [plan.layer for plan in work.plans if not plan.declined])
-    if folded:
-        work.editor.commit()
-        run.plain = folded
-        run.notes.append(f"factors of Gemm (alpha, beta) that were folded into constants: {folded}")
-    return folded
+def _plain(run: Run, model: Model, work: Work) -> int:
+    """Write nodes in the form that the target knows, but for layers that are left as they are; how many."""
+    kept = frozenset(plan.layer.name for plan in work.plans if plan.declined)
+    changed = WritePlainly(run.recipe.rules.plain, kept).apply(editor := Editor(model))
+    if changed:
+        editor.commit()
+        run.plain = changed
+        run.notes.append(f"nodes that were written in the form that {run.recipe.target} computes: {changed}")
+    return changed
 
 
 def _equalize(run: Run, model: Model, work: Work) -> dict[str, NDArray[np.float64]]:

@@ -70,7 +70,7 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     folded: int = 0  # BatchNormalization nodes
     equalized: bool = False
-    plain: int = 0  # factors of Gemm that were folded
+    plain: int = 0  # nodes that were written in another form
     inside: float = 0.0  # seconds of the stages within the present one, which count as theirs
 
     @property

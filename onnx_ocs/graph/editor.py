@@ -228,6 +228,11 @@ class Editor:
         else:
             attribute.i = int(value)
 
+    def drop_attribute(self, scope: Scope, node: gs.Node, name: str) -> None:
+        """Take an attribute from a node of the source."""
+        del node.attrs[name]
+        _keep(scope.sources[id(node)][1].attribute, lambda attribute: attribute.name != name)
+
     def forget_shapes(self, scope: Scope, names: set[str]) -> None:
         """Leave the shapes of these values to inference, since they are no longer those of the source."""
         _keep(scope.proto.value_info, lambda value: value.name not in names)

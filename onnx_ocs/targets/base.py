@@ -80,8 +80,8 @@ class Target:
     float_multiples: tuple[int, ...] = ()
     """The same of the float kernels."""
 
-    plain_gemm: bool = False
-    """Whether a Gemm of quantized data must have no factors (alpha, beta)."""
+    plain: frozenset[str] = frozenset()
+    """Operators that are written in another form where data is quantized (passes/write_plainly.py)."""
 
     adds_pairs: bool = False
     """Whether its kernels add products in pairs, in 16 bits, on some CPUs (x86 without VNNI)."""

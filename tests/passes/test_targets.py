@@ -10,6 +10,7 @@ import pytest
 from operators import HEAD, with_weights
 
 from onnx_ocs import lint, quantize
+from onnx_ocs.passes.write_plainly import _scale
 from onnx_ocs.targets import TARGETS
 
 NETWORK = f"""{HEAD} g (float[N,3,16,16] x) => (float[N,10] logits, float[N,16,8,8] features) {{
@@ -478,7 +479,7 @@ def test_factors_of_a_gemm_are_folded(attributes, target, tmp_path):
     x = np.random.default_rng(1).standard_normal((32, 8)).astype(np.float32)
     result = quantize(model, calibrate=x, target=target, min_sqnr=25)
     assert all(not {"alpha", "beta"} & {a.name for a in node.attribute if a.f != 1} for node in result.model.graph.node)
-    assert any("factors of Gemm" in note for note in result.report["notes"])
+    assert any("written in the form" in note for note in result.report["notes"])
     if target == "ort":
         assert integer_operators(result.model, tmp_path)["QGemm"] == 2
         assert lint(result.model, target="ort").passed
@@ -520,3 +521,30 @@ def test_a_depthwise_layer_whose_channels_are_made_twice_is_not_called_split():
     rows = quantize(model, target="ort", ratio=0.05, fold="always", round="nearest", align=1).report["layers"]
     assert [(row["status"], row["extra"]) for row in rows] == [("split", 1), ("quantized", 0), ("split", 4)]
     assert rows[1]["widened"] == 68
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        "Pad (r, some, , where)",
+        "Resize <axes=[2,3]> (r, , up)",
+        'Resize <axes=[-1,2], mode="linear"> (r, , up)',
+        "Resize <axes=[2,3]> (r, , , to)",
+    ],
+)
+def test_axes_of_a_pad_and_a_resize_are_written_out(node, tmp_path):
+    text = f"""<ir_version: 9, opset_import: ["" : 18]>
+    g (float[N,3,8,8] x, float[8,3,3,3] w, float[4,8,3,3] w2) => (float[N,4,A,B] y)
+    <float[2] up = {{2, 3}}, int64[2] to = {{9, 7}}, int64[4] some = {{1, 2, 0, 1}}, int64[2] where = {{-1, 2}}>
+    {{ c = Conv(x, w) r = Relu(c) a = {node} y = Conv(a, w2) }}"""
+    model = with_weights(onnx.parser.parse_model(text))
+    x = np.random.default_rng(1).standard_normal((16, 3, 8, 8)).astype(np.float32)
+    options = {"calibrate": x, "target": "ort", "first": "same", "act_clip": "none", "min_sqnr": 28}
+    result = quantize(model, ratio=0.1, **options)
+    assert integer_operators(result.model, tmp_path)["QLinearConv"] == 2
+
+
+def test_scales_that_stand_for_sizes_give_exactly_those():
+    for size in range(1, 70):
+        for wanted in range(1, 70):
+            assert int(np.float32(size) * _scale(size, wanted)) == wanted
