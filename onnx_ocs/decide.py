@@ -188,6 +188,7 @@ def _fold(run: Run, model: Model, work: Work) -> int:
     folded, kept = 0, frozenset(plan.layer.name for plan in work.plans if plan.declined)
     while here := FoldBatchNormalization(kept).apply(editor := Editor(model)):
         editor.commit()
+        run.lost += editor.lost_inputs
         folded += here
     if folded:
         run.folded = folded
@@ -201,6 +202,7 @@ def _plain(run: Run, model: Model, work: Work) -> int:
     changed = WritePlainly(run.recipe.rules.plain, kept).apply(editor := Editor(model))
     if changed:
         editor.commit()
+        run.lost += editor.lost_inputs
         run.plain = changed
         run.notes.append(f"nodes that were written in the form that {run.recipe.target} computes: {changed}")
     return changed

@@ -28,7 +28,7 @@ from onnx_ocs.numerics.moments import MomentRecorder, Moments, Window, rows_of
 LARGEST = 8192
 """Inputs of an output at most: their moments take half a gigabyte, and their factor a minute."""
 
-ROOM = 2**29
+ROOM = 2**28
 """Bytes that the sums of the layers of one run over the samples take at most."""
 
 
@@ -155,7 +155,7 @@ def observe(request: Request, say: child.Report) -> dict[str, Any]:
             if not _is_finite(values):
                 raise BadSamples(f"{request.samples}: {not_finite(batch, samples, broken, request.name)}")
             times = 1
-            if window is not None and not request.second:  # patches of the mean have the mean of the patches
+            if window is not None and not request.second and len(values):  # the mean has the mean of the patches
                 times, values = len(values), values.mean(axis=0, keepdims=True)
             recorder.add(rows_of(values, layer.axis, layer.groups, window), times)
         samples += batch.count

@@ -174,7 +174,7 @@ def _transform(run: Run) -> Outcome:
             work.plans = QuantizeBiases(recipe.rules.integer_bias).apply(work)
             work.plans = QuantizeActivations(recipe.rules.gathers_integers, recipe.rules.clips_integers).apply(work)
             work.editor.commit()
-    for name in work.editor.lost_inputs:
+    for name in (*run.lost, *work.editor.lost_inputs):
         run.notes.append(
             f"{name!r} was a weight that callers could replace; now it is a constant, and no input any more"
         )

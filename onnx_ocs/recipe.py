@@ -310,7 +310,7 @@ OVERRIDES: dict[str, Callable[[str], Any]] = {
     "bits": lambda text: None if text == "none" else _one_of(int(text), BITS),
     "ratio": _share,
     "clip": _clip_method,
-    "round": lambda text: _one_of(text, CHOICES["round"]),
+    "round": lambda text: _one_of(text, tuple(ROUNDINGS)),
 }
 """Options that a layer can have of its own, and how their values are read."""
 

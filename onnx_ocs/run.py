@@ -70,6 +70,7 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     folded: int = 0  # BatchNormalization nodes
     equalized: bool = False
+    lost: list[str] = field(default_factory=list)  # inputs whose default value was a weight that is gone
     plain: int = 0  # nodes that were written in another form
     inside: float = 0.0  # seconds of the stages within the present one, which count as theirs
 

@@ -206,7 +206,8 @@ class Search:
                 lowered.append(layer)
 
     def _free(self, variant: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in variant.items() if name not in self.given}
+        fixed = self.given | ({"round"} if self.recipe.split == "naive" else set())  # which rounds to nearest only
+        return {name: value for name, value in variant.items() if name not in fixed}
 
     def _try(self, options: dict[str, Any]) -> Trial:
         """The trial of ``options``, which is made once.

@@ -89,6 +89,12 @@ def test_options_that_are_given_stay():
     assert all("ratio" not in trial.options and "clip" not in trial.options for trial in done.trials)
 
 
+def test_naive_shares_are_rounded_to_nearest_in_every_trial(models):
+    model, goal = models / "digits_mlp.onnx", Goal(sqnr=200, budget=9)
+    with pytest.raises(VerificationFailed, match=r"was not reached in [2-9] trials"):
+        quantize(model, split="naive", goal=goal)
+
+
 def test_a_model_that_does_not_pass_is_a_trial_that_failed():
     def fragile(recipe):
         return Trial({}, failure="the outputs are not finite") if recipe.bits < 8 else made_up(recipe)

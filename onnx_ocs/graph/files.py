@@ -45,8 +45,13 @@ def keep_apart(read: Mapping[str, object], written: Mapping[str, object]) -> Non
         read, written: by the names that messages give them; what is no path does not matter.
 
     Raises:
-        ValueError: two are the same file.
+        ValueError: two are the same file, or one that is written is in a folder that is read.
     """
+    folders = [(name, Path(path)) for name, path in read.items() if isinstance(path, str | Path)]
+    for name, path in written.items():
+        for other, folder in folders if isinstance(path, str | Path) else ():
+            if folder.is_dir() and Path(str(path)).resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"{name}, {path}, is in the folder of {other}, which is read; write it elsewhere")
     seen: dict[Path, str] = {}
     for name, path in (*read.items(), *written.items()):
         if not isinstance(path, str | Path):

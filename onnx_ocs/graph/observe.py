@@ -158,7 +158,7 @@ class _Builder:
             self._figures.setdefault(figure, []).append(f"{figure}.{index}")
         if not whole:
             by = self.constant(f"{name}.steps", steps)
-            by = self._fewer(values, by, tensor, stride, name) if tensor.sizes is None else by
+            by = self._fewer(values, by, tensor, stride, index) if tensor.sizes is None else by
             self._slice(values, tensor, by, name, taken(index))
         elif tensor.axis < -1:
             self._node("Identity", [values], taken(index))
@@ -166,12 +166,12 @@ class _Builder:
         if not whole and tensor.sizes is None:
             self._output(size(index), TensorProto.INT64)
 
-    def _fewer(self, values: str, by: str, tensor: Observed, stride: int, name: str) -> str:
+    def _fewer(self, values: str, by: str, tensor: Observed, stride: int, index: int) -> str:
         """The steps of a tensor whose sizes are free: shorter as far as a sample has few values.
 
         Together they leave out as many values at most as :meth:`Observed.steps` does, the same share on each axis.
         """
-        number = self._node("Size", [values], size(int(name.rpartition(".")[2])))
+        name, number = f"observed.{index}", self._node("Size", [values], size(index))
         least = self._node("Mul", [COUNT, self.constant(f"{name}.enough", [ENOUGH])], f"onnx_ocs.{name}.least")
         share = self._node("Div", [number, least], f"onnx_ocs.{name}.share")
         left = self._node("Min", [share, self.constant(f"{name}.stride", [stride])], f"onnx_ocs.{name}.left")

@@ -17,8 +17,8 @@ bits it gains little."""
 class ChooseRounding:
     """The rounding that was asked for; where it needs the data of the layer and there is none, one that does not.
 
-    ``auto`` is ``hessian`` where the second moments of real data are known, else ``assumed`` where the layer or the
-    rest of the model has few bits, else ``compensated``.
+    ``auto`` is of those the one without samples: ``assumed`` where the layer or the rest of the model has few bits,
+    else ``compensated``.
     """
 
     name: ClassVar[str] = "choose-rounding"
@@ -33,12 +33,11 @@ class ChooseRounding:
     def _visit(self, work: Work, plan: LayerPlan) -> LayerPlan:
         rounding, reason = plan.given.get("round", self.rounding), None
         moments = work.moments(plan)
-        known = moments is not None and moments.second is not None
-        if rounding == "hessian" and not known:
+        if rounding == "hessian" and (moments is None or moments.second is None):
             rounding, reason = "auto", "nothing is known of its data"
         if rounding == "auto":
             few = any(bits is not None and bits <= FEW for bits in (self.bits, plan.bits))
-            rounding = "hessian" if known and work.is_real else "assumed" if few else "compensated"
+            rounding = "assumed" if few else "compensated"
         if rounding == "assumed" and not fits(plan.expanded, plan.kernel):
             rounding, reason = "compensated", "its kernels are too large for matrices of their positions"
         corrected = self.correct and work.mean(plan) is not None and bias_of(work.editor, plan.layer) is not None

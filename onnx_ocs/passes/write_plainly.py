@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from onnx_ocs.graph.editor import Editor
-from onnx_ocs.graph.layers import Place, Weight
+from onnx_ocs.graph.layers import Place, Weight, name_of
 
 
 @dataclass(frozen=True)
@@ -21,15 +23,15 @@ class WritePlainly:
     name: ClassVar[str] = "write-plainly"
 
     ops: frozenset[str] = frozenset()  # of FORMS
-    kept: frozenset[str] = frozenset()  # nodes that are left as they are, by name
+    kept: frozenset[str] = frozenset()  # nodes that are left as they are, by the names of their layers
 
     def apply(self, editor: Editor) -> int:
         """How many nodes were written in another form."""
         return sum(
-            FORMS[node.op](Place(node, scope, editor))
+            FORMS[place.node.op](place)
             for scope in editor.scopes
-            for node in list(scope.graph.nodes)
-            if node.op in self.ops and node.domain in (None, "", "ai.onnx") and node.name not in self.kept
+            for place in [Place(node, scope, editor) for node in scope.graph.nodes if node.op in self.ops]
+            if place.node.domain in (None, "", "ai.onnx") and name_of(place) not in self.kept
         )
 
 
@@ -42,27 +44,34 @@ def _without_factors(place: Place) -> bool:
         held = place.weight(indices[0]) if indices else None
         if not isinstance(factor, float) or factor == 1 or not isinstance(held, Weight):
             continue
-        values = held.read(place.model)
-        with np.errstate(over="ignore"):
-            scaled = (values.astype(np.float64) * factor).astype(values.dtype)
-        if np.isfinite(scaled).all():
-            tensor = place.model.tensor(held.tensor.name, held.data_type, scaled.shape, scaled.tobytes())
-            made = place.editor.constant(place.scope, f"{held.tensor.name}.{name}", tensor=tensor)
+        made = place.editor.once(place.scope, partial(_times, place, held, factor, name), held.key, name, factor)
+        if made is not None:
             place.editor.rewire(node, indices[0], made)
             place.editor.set_number(place.scope, node, name, 1.0)
             changed = True
     return changed
 
 
+def _times(place: Place, held: Weight, factor: float, name: str) -> gs.Tensor | None:
+    """A constant times a factor; None where that is beyond its type."""
+    values = held.read(place.model)
+    with np.errstate(over="ignore"):
+        scaled = (values.astype(np.float64) * factor).astype(values.dtype)
+    if not np.isfinite(scaled).all():
+        return None
+    tensor = place.model.tensor(held.tensor.name, held.data_type, scaled.shape, scaled.tobytes())
+    return place.editor.constant(place.scope, f"{held.tensor.name}.{name}", tensor=tensor)
+
+
 def _with_all_pads(place: Place) -> bool:
     """A Pad of some axes with pads for each."""
-    node, rank = place.node, place.editor.ranks.get(place.node.inputs[0].name)
-    if len(node.inputs) < 4 or not node.inputs[3].name or rank is None:
+    node, shape = place.node, _shape(place)
+    if len(node.inputs) < 4 or not node.inputs[3].name or shape is None:
         return False
     pads, axes = place.values(1), place.values(3)
     if pads is None or axes is None:
         return False
-    whole = np.zeros((2, rank), np.int64)
+    whole = np.zeros((2, len(shape)), np.int64)
     whole[:, axes] = pads.reshape(2, -1)
     place.editor.rewire(node, 1, place.editor.constant(place.scope, f"{node.outputs[0].name}.pads", whole.reshape(-1)))
     place.editor.rewire(node, 3, gs.Variable.empty())
@@ -70,29 +79,49 @@ def _with_all_pads(place: Place) -> bool:
 
 
 def _with_all_sizes(place: Place) -> bool:
-    """A Resize of some axes with scales or sizes for each."""
-    node, data = place.node, place.node.inputs[0].name
-    shape, axes = place.editor.shapes.get(data), node.attrs.get("axes")
+    """A Resize of some axes with scales for each."""
+    node, shape, axes = place.node, _shape(place), place.node.attrs.get("axes")
     special = node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize"
-    if axes is None or shape is None or special or node.attrs.get("keep_aspect_ratio_policy", "stretch") != "stretch":
+    if not isinstance(axes, list) or shape is None or special or node.attrs.get("keep_aspect_ratio_policy"):
         return False
     sized = len(node.inputs) > 3 and bool(node.inputs[3].name)
     given = place.values(3 if sized else 2)
-    if given is None or (sized and any(shape[axis] is None for axis in axes)):
+    if given is None:
+        return False
+    if sized:
+        given = _scales([shape[axis] for axis in axes], given, node.attrs.get("mode", "nearest") == "nearest")
+    if given is None:
         return False
     whole = np.ones(len(shape), np.float32)
-    whole[list(axes)] = [_scale(shape[axis], size) for axis, size in zip(axes, given, strict=True)] if sized else given
-    place.editor.rewire(node, 2, place.editor.constant(place.scope, f"{node.outputs[0].name}.scales", whole))
-    if sized:
-        place.editor.rewire(node, 3, gs.Variable.empty())
-    place.editor.drop_attribute(place.scope, node, "axes")
+    whole[axes] = given
+    edit = place.editor
+    edit.rewire(node, 2, edit.constant(place.scope, f"{node.outputs[0].name}.scales", whole))
+    for index in range(1, len(node.inputs), 2):  # what is cut out, which does not count, and the sizes
+        edit.rewire(node, index, gs.Variable.empty())
+    edit.drop_attribute(place.scope, node, "axes")
     return True
 
 
-def _scale(size: int, wanted: int) -> np.float32:
-    """What ``size`` is multiplied by, in float32, so that the whole part is what is wanted."""
-    scale = np.float32(wanted / size)
-    return scale if np.floor(scale * np.float32(size)) >= wanted else np.nextafter(scale, np.float32(np.inf))
+def _scales(sizes: list[int | None], wanted: NDArray[Any], exact: bool) -> NDArray[np.float32] | None:
+    """What sizes are multiplied by, so that the whole parts are what is wanted; None where they are not known.
+
+    Args:
+        exact: without a scale that is a little more than the ratio: it would move the nearest value.
+    """
+    if None in sizes:
+        return None
+    before = np.array(sizes, np.float32)
+    scales = np.asarray(wanted / before, np.float32)
+    short = np.floor(scales * before) < wanted
+    if exact and short.any():
+        return None
+    return np.where(short, np.nextafter(scales, np.float32(np.inf)), scales)
+
+
+def _shape(place: Place) -> tuple[int | None, ...] | None:
+    """That of the first input, where there are no bodies or functions, whose values may have the same name."""
+    edit = place.editor
+    return edit.shapes.get(place.node.inputs[0].name) if len(edit.scopes) == 1 else None
 
 
 FORMS: dict[str, Callable[[Place], bool]] = {

@@ -129,15 +129,17 @@ def int4_odd(view: View) -> Iterator[Problem]:
             )
 
 
-@rule("gemm-alpha", "error")
+@rule("gemm-alpha", "warning")
 def gemm_alpha(view: View) -> Iterator[Problem]:
-    """A Gemm of UINT8 data has alpha = 1 (with another, OpenVINO 2026.4 gives values of 1e7; docs/openvino.md)."""
+    """A Gemm of UINT8 data has alpha = 1 (with another, OpenVINO 2026.4 can give values of 1e7; docs/openvino.md)."""
     for layer in view.quantized_layers:
         data, alpha = layer.data.dequantizer, layer.node.attrs.get("alpha", 1.0)
-        if layer.node.op == "Gemm" and alpha != 1 and data is not None and data.type_name == "UINT8":
+        if layer.node.op != "Gemm" or not isinstance(alpha, float) or alpha == 1 or data is None:
+            continue
+        if data.type_name == "UINT8" and layer.has_weight and layer.weight.quantized:
             yield Problem(
                 layer.place,
-                f"alpha is {alpha:g} and its data is UINT8, which OpenVINO computes wrongly",
+                f"alpha is {alpha:g} and its data is UINT8, which OpenVINO can compute wrongly",
                 "multiply the weight by alpha, and set alpha to 1",
             )
 

@@ -7,7 +7,8 @@ from onnx_ocs.targets.base import VALID, Target
 
 def _is_dense(pool: gs.Node) -> bool:
     """Whether its window has no holes, which its integer kernel does not know."""
-    return all(step == 1 for step in pool.attrs.get("dilations", ()))
+    dilations = pool.attrs.get("dilations", ())  # in a function perhaps what its caller says
+    return isinstance(dilations, list | tuple) and all(step == 1 for step in dilations)
 
 
 def _is_nearest(resize: gs.Node) -> bool:

@@ -10,7 +10,7 @@ import pytest
 from operators import HEAD, with_weights
 
 from onnx_ocs import lint, quantize
-from onnx_ocs.passes.write_plainly import _scale
+from onnx_ocs.passes.write_plainly import _scales
 from onnx_ocs.targets import TARGETS
 
 NETWORK = f"""{HEAD} g (float[N,3,16,16] x) => (float[N,10] logits, float[N,16,8,8] features) {{
@@ -545,6 +545,43 @@ def test_axes_of_a_pad_and_a_resize_are_written_out(node, tmp_path):
 
 
 def test_scales_that_stand_for_sizes_give_exactly_those():
-    for size in range(1, 70):
-        for wanted in range(1, 70):
-            assert int(np.float32(size) * _scale(size, wanted)) == wanted
+    sizes, wanted = (list(axis.reshape(-1)) for axis in np.meshgrid(range(1, 70), range(1, 70)))
+    scales = _scales(sizes, np.array(wanted), exact=False)
+    np.testing.assert_array_equal(np.floor(np.float32(sizes) * scales), wanted)
+    assert _scales([4, None], np.array([8, 8]), exact=False) is None
+    assert _scales([7, 14], np.array([31, 62]), exact=True) is None  # 31 / 7 in float32 is a little less
+
+
+def test_nodes_that_are_left_out_keep_their_form():
+    text = f"""{HEAD} g (float[N,8] x, float[8,8] w) => (float[N,8] y) {{
+        a = Gemm <alpha=0.5> (x, w)
+        b = Gemm <alpha=0.25> (a, w)
+        y = Gemm <alpha=0.25> (b, w) }}"""
+    x = np.random.default_rng(1).standard_normal((32, 8)).astype(np.float32)
+    model = with_weights(onnx.parser.parse_model(text))
+    made = quantize(model, calibrate=x, target="ort", skip="^a$", round="nearest", ratio=0).model
+    factors = [a.f for node in made.graph.node if node.op_type == "Gemm" for a in node.attribute if a.name == "alpha"]
+    assert factors == [0.5, 1, 1]
+    weights = [tensor for tensor in made.graph.initializer if len(tensor.dims) == 2]
+    assert len(weights) == 2  # as it is, and times 0.25 for both that read it so
+
+
+def test_values_of_one_name_in_two_branches_are_not_taken_for_each_other():
+    text = """<ir_version: 9, opset_import: ["" : 18]>
+    g (float[N,3,8,8] x, bool[1] c, float[8,3,3,3] w) => (float[N,8,A,B] y) <int64[2] to = {12,12}> {
+        i = Relu(x)
+        z = If (c) <then_branch = t () => (float[N,3,D,E] o1) {
+            r = MaxPool <kernel_shape=[2,2], strides=[2,2]> (i)
+            k = Resize <axes=[2,3]> (r, , , to)
+            o1 = Identity(k) },
+        else_branch = f () => (float[N,3,D,E] o2) {
+            r = MaxPool <kernel_shape=[3,3]> (i)
+            k = Resize <axes=[2,3]> (r, , , to)
+            o2 = Identity(k) }>
+        q = Identity(z)
+        y = Conv(q, w) }"""
+    model = with_weights(onnx.parser.parse_model(text))
+    x = np.random.default_rng(1).standard_normal((8, 3, 8, 8)).astype(np.float32)
+    made = quantize(model, calibrate={"x": x, "c": np.array([False])}, target="ort", first="same").model
+    for flag in (True, False):
+        assert session(made).run(None, {"x": x, "c": np.array([flag])})[0].shape == (8, 8, 10, 10)
