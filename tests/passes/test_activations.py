@@ -30,6 +30,10 @@ OPTIONS = {
 }
 
 
+PLAIN = {"round": "nearest", "bias_correction": False}
+"""The samples are for activations alone; test_roundings.py has the same rows with weights rounded by them."""
+
+
 def feed(model, seed=1):
     """Random values for each input, the first channel larger than the others."""
     made = operators.feed(model, seed)
@@ -55,7 +59,7 @@ def sqnr(wanted, found):
 
 def quantized(model, **options):
     calibrate = {} if "act_split" in options else {"calibrate": [feed(model, seed) for seed in range(4)]}
-    common = {"first": "same", "act_clip": "none", "act_bits": 8, "verify": False}
+    common = {"first": "same", "act_clip": "none", "act_bits": 8, "verify": False, **PLAIN}
     return quantize(model, **calibrate, **{**common, **options})
 
 
@@ -109,6 +113,7 @@ def test_splitting_data_alone_keeps_the_function(name, how, split_by):
         act_split=split_by,
         split=how,
         first="same",
+        **PLAIN,
         **({"calibrate": [feed(model)]} if split_by == "static" else {}),
     )
     found = result.report["verification"]
