@@ -159,7 +159,7 @@ def observe(request: Request, say: child.Report) -> dict[str, Any]:
                 times, values = len(values), values.mean(axis=0, keepdims=True)
             recorder.add(rows_of(values, layer.axis, layer.groups, window), times)
         samples += batch.count
-        del found, values  # before the next batch is made
+        found.clear()  # before the next batch is made
     for number, (layer, recorder) in enumerate(zip(layers, recorders, strict=True), request.first):
         stored = Stored(Path(request.folder), number)
         try:
