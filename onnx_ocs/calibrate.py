@@ -148,12 +148,11 @@ def observe(request: Request, say: child.Report) -> dict[str, Any]:
         ) from None
     inputs = [item for item in session.inputs if item.name not in (START, COUNT)]
     recorder = Recorder([tensor.channels for tensor in tensors])
-    looked_for = [LOW in tensor.reductions(request.stride).values() for tensor in tensors]
-    has_low = np.repeat(looked_for, [tensor.channels for tensor in tensors])
+    owners = np.repeat(np.arange(len(tensors)), [tensor.channels for tensor in tensors])  # of each channel
+    has_low = np.array([LOW in tensor.reductions(request.stride).values() for tensor in tensors])[owners]
     low = np.zeros(len(has_low), np.float32)
     thin = THIN * STRIDE if request.stride == 1 else THIN
     rng = np.random.default_rng(request.seed)
-    owners = np.repeat(np.arange(len(tensors)), [tensor.channels for tensor in tensors])
 
     def broken(batch: Batch) -> str | None:
         places = owners[~np.isfinite(_run(session, batch, 0, request)[MEAN])]

@@ -57,7 +57,7 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
     foreseen = predicted(work.editor)
     if recipe.fold_bn and _fold(run, model, work):
         work, declined = _found(run, model, select, blocks)
-    if recipe.act_bits is not None and not recipe.float and recipe.rules.plain and _plain(run, model, work):
+    if recipe.on_integers and recipe.rules.plain and _plain(run, model, work):
         work, declined = _found(run, model, select, blocks)
     if recipe.equalize and (factors := _equalize(run, model, work)):
         work, declined = _found(run, model, select, blocks)
@@ -113,7 +113,7 @@ def _steps(recipe: Recipe, grid: ChooseGrid, placed: bool) -> list[Pass]:
 def _rates(recipe: Recipe) -> Rates:
     """What copies cost on the runtime that the recipe is for."""
     rules = recipe.rules
-    integers = recipe.act_bits is not None and rules.gathers_integers and not recipe.float
+    integers = recipe.on_integers and rules.gathers_integers
     return Rates(1 if integers else 4, rules.gather_moves, rules.block, min(recipe.multiples, default=1))
 
 

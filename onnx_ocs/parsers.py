@@ -9,7 +9,7 @@ from onnx_ocs import search
 from onnx_ocs._version import __version__
 from onnx_ocs.child import TIMEOUT
 from onnx_ocs.numerics.clip import clip_names
-from onnx_ocs.recipe import BITS, CHOICES, OVERRIDES, PRESETS, Recipe
+from onnx_ocs.recipe import BITS, CHOICES, DEFAULTS, OVERRIDES, PRESETS
 from onnx_ocs.targets import TARGETS
 
 
@@ -127,22 +127,21 @@ def lint_parser() -> argparse.ArgumentParser:
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     """Options that decide what is done with each layer; absent unless given, so that a preset or recipe can hold."""
-    defaults = Recipe()
     parser.add_argument(
         "--bits",
         type=_number_or_none("bits"),
         metavar="B",
-        help=f"weight bits, {BITS[0]} to {BITS[-1]}, or none ({defaults.bits})",
+        help=f"weight bits, {BITS[0]} to {BITS[-1]}, or none ({DEFAULTS.bits})",
     )
     parser.add_argument(
-        "--ratio", type=float, metavar="R", help=f"extra channels, as a share, 0 to 1 ({defaults.ratio})"
+        "--ratio", type=float, metavar="R", help=f"extra channels, as a share, 0 to 1 ({DEFAULTS.ratio})"
     )
     parser.add_argument(
         "--clip",
         metavar="M",
         help=(
             f"threshold of the weights: {', '.join(clip_names())}, or auto: with --round hessian or assumed the "
-            f"least error of the output, else none ({defaults.clip})"
+            f"least error of the output, else none ({DEFAULTS.clip})"
         ).replace("%", "%%"),
     )
     parser.add_argument(
@@ -150,7 +149,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         choices=CHOICES["round"],
         help="nearest; compensated: error sums of kernels and outputs vanish; hessian: the least error of the output "
         "on the samples; assumed: the same on data as it mostly is; auto: hessian with --calibrate, else assumed with "
-        f"5 bits or fewer, and compensated, which is faster, with more ({defaults.round})",
+        f"5 bits or fewer, and compensated, which is faster, with more ({DEFAULTS.round})",
     )
     parser.add_argument(
         "--bias-correction",
@@ -176,33 +175,32 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--first",
         choices=CHOICES["first"],
-        help=f"layers that read a graph input of 4 channels or fewer ({defaults.first})",
+        help=f"layers that read a graph input of 4 channels or fewer ({DEFAULTS.first})",
     )
 
 
 def _add_splitting(parser: argparse.ArgumentParser) -> None:
     """Options of where copies go, and of single layers."""
-    defaults = Recipe()
-    parser.add_argument("--split", choices=CHOICES["split"], help=f"how a channel is split ({defaults.split})")
+    parser.add_argument("--split", choices=CHOICES["split"], help=f"how a channel is split ({DEFAULTS.split})")
     parser.add_argument(
-        "--split-policy", choices=CHOICES["split_policy"], help=f"repeated splits ({defaults.split_policy})"
+        "--split-policy", choices=CHOICES["split_policy"], help=f"repeated splits ({DEFAULTS.split_policy})"
     )
     parser.add_argument(
         "--plan",
         choices=CHOICES["plan"],
         help="magnitude: the channels with the largest weights are split, and thresholds follow; joint: copies and "
-        f"thresholds together, by what each saves of the objective ({defaults.plan})",
+        f"thresholds together, by what each saves of the objective ({DEFAULTS.plan})",
     )
     parser.add_argument(
         "--objective",
         choices=CHOICES["objective"],
-        help=f"of --plan joint: the squared error of the outputs, or of the weights ({defaults.objective})",
+        help=f"of --plan joint: the squared error of the outputs, or of the weights ({DEFAULTS.objective})",
     )
     parser.add_argument(
         "--allocate",
         choices=CHOICES["allocate"],
         help="uniform: the same ratio for each layer; knapsack, sensitivity: as many bytes where they lower the range, "
-        f"or the error of the outputs, most ({defaults.allocate})",
+        f"or the error of the outputs, most ({DEFAULTS.allocate})",
     )
     parser.add_argument(
         "--layer",
@@ -214,7 +212,6 @@ def _add_splitting(parser: argparse.ArgumentParser) -> None:
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
     """Options of the runtime that the model is for."""
-    defaults = Recipe()
     group = parser.add_argument_group("the runtime")
     group.add_argument("--target", choices=CHOICES["target"], help="whose rules the Q/DQ nodes follow")
     group.add_argument(
@@ -235,7 +232,7 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
         "--max-expand",
         type=_magnitude,
         metavar="X",
-        help=f"share of its channels that alignment may add to a layer ({defaults.max_expand})",
+        help=f"share of its channels that alignment may add to a layer ({DEFAULTS.max_expand})",
     )
     group.add_argument(
         "--saturation-safe",
@@ -246,7 +243,6 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
 
 def _add_activations(parser: argparse.ArgumentParser) -> None:
     """Options of the data of layers; absent unless given, as those of the weights."""
-    defaults = Recipe()
     group = parser.add_argument_group("activations (float without --calibrate, --stats or --act-bits)")
     group.add_argument(
         "--calibrate", type=Path, metavar="PATH", help="samples to choose their scales by (as for --inputs)"
@@ -259,12 +255,12 @@ def _add_activations(parser: argparse.ArgumentParser) -> None:
         "an input looks like one",
     )
     group.add_argument("--calibration-samples", type=int, metavar="N", help="how many of them (all)")
-    group.add_argument("--batch", type=int, metavar="N", help=f"samples that run at a time ({defaults.batch})")
+    group.add_argument("--batch", type=int, metavar="N", help=f"samples that run at a time ({DEFAULTS.batch})")
     group.add_argument(
         "--calibration-stride",
         type=int,
         metavar="N",
-        help=f"positions from one counted value to the next; 1 counts all ({defaults.calibration_stride})",
+        help=f"positions from one counted value to the next; 1 counts all ({DEFAULTS.calibration_stride})",
     )
     group.add_argument("--save-stats", type=Path, metavar="FILE.npz", default=None, help="keep what calibration saw")
     group.add_argument("--stats", type=Path, metavar="FILE.npz", default=None, help="use that in place of samples")
@@ -274,12 +270,12 @@ def _add_activations(parser: argparse.ArgumentParser) -> None:
         metavar="B",
         help=f"{BITS[0]} to {BITS[-1]}, or none (8 with samples, else none)",
     )
-    group.add_argument("--act-clip", metavar="M", help=f"threshold of activations, as --clip ({defaults.act_clip})")
+    group.add_argument("--act-clip", metavar="M", help=f"threshold of activations, as --clip ({DEFAULTS.act_clip})")
     group.add_argument(
         "--act-ratio",
         type=float,
         metavar="R",
-        help=f"share of channels to split, 0 to 1 ({defaults.act_ratio:g})",
+        help=f"share of channels to split, 0 to 1 ({DEFAULTS.act_ratio:g})",
     )
     group.add_argument(
         "--act-split",

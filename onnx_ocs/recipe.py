@@ -226,17 +226,17 @@ class Recipe:
         """Of the numbers of channels after splitting, the best first; none where the exact number is kept."""
         if isinstance(self.align, int):
             return (self.align,) if self.align > 1 else ()
-        if self._on_integers:
+        if self.on_integers:
             return self.rules.multiples
         return self.rules.float_multiples if self.align == "auto" else ()
 
     @property
     def spares(self) -> bool:
         """Whether layers whose copies cost most get none."""
-        return not isinstance(self.align, int) and self._on_integers and bool(self.multiples)
+        return not isinstance(self.align, int) and self.on_integers and bool(self.multiples)
 
     @property
-    def _on_integers(self) -> bool:
+    def on_integers(self) -> bool:
         """Whether layers compute on integers where the runtime has kernels for them."""
         return self.act_bits is not None and not self.float
 
@@ -325,6 +325,7 @@ def _is_whole(value: object, least: int) -> bool:
 
 
 DEFAULTS = Recipe()
+"""What holds where nothing is said."""
 
 
 def stored_recipe(path: Path) -> dict[str, Any]:

@@ -47,18 +47,19 @@ def keep_apart(read: Mapping[str, object], written: Mapping[str, object]) -> Non
     Raises:
         ValueError: two are the same file, or one that is written is in a folder that is read.
     """
-    folders = [(name, Path(path)) for name, path in read.items() if isinstance(path, str | Path)]
-    for name, path in written.items():
-        for other, folder in folders if isinstance(path, str | Path) else ():
-            if folder.is_dir() and Path(str(path)).resolve().is_relative_to(folder.resolve()):
-                raise ValueError(f"{name}, {path}, is in the folder of {other}, which is read; write it elsewhere")
-    seen: dict[Path, str] = {}
-    for name, path in (*read.items(), *written.items()):
-        if not isinstance(path, str | Path):
-            continue
-        other = seen.setdefault(Path(path).resolve(), name)
-        if name in written and other != name:
-            raise ValueError(f"{name} and {other} are the same file, {path}; give {name} a name of its own")
+    first, then = (
+        {name: Path(path).resolve() for name, path in paths.items() if isinstance(path, str | Path)}
+        for paths in (read, written)
+    )
+    seen = {path: name for name, path in first.items()}
+    for name, path in then.items():
+        folder = next((other for other, place in first.items() if place.is_dir() and path.is_relative_to(place)), None)
+        if folder is not None:
+            raise ValueError(
+                f"{name}, {written[name]}, is in the folder of {folder}, which is read; write it elsewhere"
+            )
+        if (other := seen.setdefault(path, name)) != name:
+            raise ValueError(f"{name} and {other} are the same file, {written[name]}; give {name} a name of its own")
 
 
 class ExternalData:

@@ -157,17 +157,20 @@ class _Builder:
             self._reduce(op, values, over, f"{figure}.{index}")
             self._figures.setdefault(figure, []).append(f"{figure}.{index}")
         if not whole:
-            by = self.constant(f"{name}.steps", steps)
-            by = self._fewer(values, by, tensor, stride, index) if tensor.sizes is None else by
-            self._slice(values, tensor, by, name, taken(index))
+            axes, by = self.constant(f"{name}.axes", tensor.over), self.constant(f"{name}.steps", steps)
+            if tensor.sizes is None:
+                by = self._fewer(values, axes, by, len(tensor.over), stride, index)
+            start = self._node("Mod", [START, by], f"onnx_ocs.{name}.from")
+            ends = self.constant(f"{name}.ends", [LAST] * len(tensor.over))
+            self._node("Slice", [values, start, ends, axes, by], taken(index))
         elif tensor.axis < -1:
             self._node("Identity", [values], taken(index))
         self._output(taken(index))
         if not whole and tensor.sizes is None:
             self._output(size(index), TensorProto.INT64)
 
-    def _fewer(self, values: str, by: str, tensor: Observed, stride: int, index: int) -> str:
-        """The steps of a tensor whose sizes are free: shorter as far as a sample has few values.
+    def _fewer(self, values: str, axes: str, by: str, rank: int, stride: int, index: int) -> str:
+        """The steps of a tensor whose sizes are free, on so many axes: shorter as far as a sample has few values.
 
         Together they leave out as many values at most as :meth:`Observed.steps` does, the same share on each axis.
         """
@@ -175,24 +178,16 @@ class _Builder:
         least = self._node("Mul", [COUNT, self.constant(f"{name}.enough", [ENOUGH])], f"onnx_ocs.{name}.least")
         share = self._node("Div", [number, least], f"onnx_ocs.{name}.share")
         left = self._node("Min", [share, self.constant(f"{name}.stride", [stride])], f"onnx_ocs.{name}.left")
-        if len(tensor.over) > 1:
-            root = helper.make_tensor(f"onnx_ocs.{name}.root", TensorProto.FLOAT, [1], [1 / len(tensor.over)])
+        if rank > 1:
+            root = helper.make_tensor(f"onnx_ocs.{name}.root", TensorProto.FLOAT, [1], [1 / rank])
             self._graph.initializer.append(root)
             real = self._node("Cast", [left], f"onnx_ocs.{name}.real", to=TensorProto.FLOAT)
             side = self._node("Pow", [real, root.name], f"onnx_ocs.{name}.side")
             left = self._node("Cast", [side], f"onnx_ocs.{name}.each", to=TensorProto.INT64)
         shape = self._node("Shape", [values], f"onnx_ocs.{name}.sizes")
-        axes = self.constant(f"{name}.free", tensor.over)
         lengths = self._node("Gather", [shape, axes], f"onnx_ocs.{name}.lengths")
         by = self._node("Min", [by, left, lengths], f"onnx_ocs.{name}.fewer")
         return self._node("Max", [by, self.constant(f"{name}.one", [1])], f"onnx_ocs.{name}.by")
-
-    def _slice(self, values: str, tensor: Observed, by: str, name: str, output: str) -> None:
-        """Every so many positions."""
-        start = self._node("Mod", [START, by], f"onnx_ocs.{name}.from")
-        axes = self.constant(f"{name}.axes", tensor.over)
-        ends = self.constant(f"{name}.ends", [LAST] * len(tensor.over))
-        self._node("Slice", [values, start, ends, axes, by], output)
 
     def join(self) -> None:
         """The figures of all tensors behind each other."""

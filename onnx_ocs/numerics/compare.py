@@ -8,9 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 NOTHING = 1e-25
-"""An output whose reference is all zero may differ by less: what is left of sums that cancel."""
-
-NOTHING = 1e-25
 """By how much an output may differ whose reference is all zero: what is left of sums that cancel."""
 
 EXACT_DB = 200.0

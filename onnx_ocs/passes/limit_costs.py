@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from onnx_ocs.graph.prices import Prices
 from onnx_ocs.numerics.cost import Cost, Rates
 from onnx_ocs.passes.base import Work
 from onnx_ocs.plans import LayerPlan
+from onnx_ocs.prices import Prices
 
 SPARED = 0.07
 """The share of a model's cost that its copies may add, or twice the ratio if that is more."""

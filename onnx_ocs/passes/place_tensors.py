@@ -103,7 +103,7 @@ class _Placement:
             for index in self._places(node):
                 if self._target.does_move(node):
                     self._together.join(node.inputs[index].name, out.name)
-                if self._target.does_move(node) or node.op in self._target.one_scale:
+                if self._keeps_scale(node):
                     self._better.join(node.inputs[index].name, out.name)
         order = {id(node): place for place, node in enumerate(nodes)}
         for node in nodes:
@@ -140,10 +140,13 @@ class _Placement:
         if self._editor.is_result(tensor) or not tensor.outputs:
             return False
         return all(
-            (self._target.does_move(node) or node.op in self._target.one_scale)
-            and any(reader is node for reader, _ in self._readers.get(tensor.name, ()))
+            self._keeps_scale(node) and any(reader is node for reader, _ in self._readers.get(tensor.name, ()))
             for node in tensor.outputs
         )
+
+    def _keeps_scale(self, node: gs.Node) -> bool:
+        """Whether the output of ``node`` has the scale of its inputs, or had better have."""
+        return self._target.does_move(node) or node.op in self._target.one_scale
 
     def _active(self, nodes: list[gs.Node]) -> list[gs.Node]:
         """The other operators that run on integers, in the order of the graph."""

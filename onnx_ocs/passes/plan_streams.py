@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from onnx_ocs.graph.prices import Prices
 from onnx_ocs.graph.streams import Stream, stream_of
 from onnx_ocs.numerics.cost import Cost, Rates, room
 from onnx_ocs.numerics.split import extra_channels
 from onnx_ocs.passes.base import Work
 from onnx_ocs.plans import LayerPlan, ratio_of, unsplit
+from onnx_ocs.prices import Prices
 
 
 @dataclass(frozen=True)

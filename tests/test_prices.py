@@ -8,8 +8,8 @@ import pytest
 from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.layers import Layer, find_layers
 from onnx_ocs.graph.model import Model
-from onnx_ocs.graph.prices import Prices
 from onnx_ocs.numerics.cost import DEPTHWISE, NODE, Rates
+from onnx_ocs.prices import Prices
 
 # node, shape of the data, shape of the weight, shape of the output, products for one sample
 ROWS = {
