@@ -149,7 +149,7 @@ def row(name: str, cells: Iterable[str]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, ("resnet20", "squeezenet", "kws", "mobilenet"))
+    add_options(parser, ("resnet20", "squeezenet", "kws", "mobilenet", "vit"))
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 7, 6, 5, 4, 3, 2])
     parser.add_argument("--peer", type=Apart.named, action="append", default=[], metavar="NAME[:METHOD]=PYTHON")
     arguments = parser.parse_args()

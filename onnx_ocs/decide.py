@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_ocs import calibrate, moments
+from onnx_ocs.errors import OcsError
 from onnx_ocs.graph.contraction import contraction
 from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.layers import Declined, Layer, find_layers
@@ -13,6 +14,7 @@ from onnx_ocs.graph.model import Model
 from onnx_ocs.graph.observe import OPSET
 from onnx_ocs.graph.opset import CannotRaise, raise_opset
 from onnx_ocs.graph.predicted import predicted
+from onnx_ocs.numerics.assumed import SHARE, SHARE_OF_NOISE
 from onnx_ocs.numerics.cost import Rates
 from onnx_ocs.passes.base import Pass, Work, is_visible, observed, signed
 from onnx_ocs.passes.choose_activation_steps import ChooseActivationSteps
@@ -32,6 +34,9 @@ from onnx_ocs.passes.write_plainly import WritePlainly
 from onnx_ocs.plans import LayerPlan
 from onnx_ocs.recipe import Recipe
 from onnx_ocs.run import Run
+from onnx_ocs.synthetic import COUNT, picture_axis
+
+MADE_UP = "weights were rounded by {} synthetic samples; real ones (--calibrate) do better"
 
 NOT_EVEN = "no ranges could be evened out across layers (--equalize)"
 
@@ -65,12 +70,17 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
     work.predicted, work.is_real = foreseen, not run.calibration.synthetic
     work.statistics = _statistics(run, model, work) if run.observes else {}
     work.stored = _moments(run, model, work) if run.gathers else {}
+    inputs = work.editor.scopes[0].graph.inputs
+    pictures = any(picture_axis(work.editor.shapes.get(tensor.name) or ()) is not None for tensor in inputs)
+    rounding = ChooseRounding(recipe.round, recipe.bias_correction, recipe.bits, pictures)
+    work.synthetic = _synthetic_moments(run, model, work, rounding)
+    work.share = SHARE if pictures else SHARE_OF_NOISE
     if missing := sum(tensor.observed.key not in work.statistics for tensor in work.tensors):
         run.notes.append(
             f"the statistics do not cover {missing} tensors that target {recipe.target} quantizes, so that the layers "
             f"around them may not run on integers; calibrate again with --target {recipe.target}"
         )
-    for step in _steps(recipe, grid, bool(work.tensors)):
+    for step in _steps(recipe, grid, rounding, bool(work.tensors)):
         work.plans = step.apply(work)
     if blocks.block is not None and not any(plan.block for plan in work.plans):
         run.notes.append("no weight has a scale for each block (--block)")
@@ -81,7 +91,7 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
     return work, declined
 
 
-def _steps(recipe: Recipe, grid: ChooseGrid, placed: bool) -> list[Pass]:
+def _steps(recipe: Recipe, grid: ChooseGrid, rounding: ChooseRounding, placed: bool) -> list[Pass]:
     """The deciding passes, in their order; ``placed``: some tensors are quantized where they are made."""
     dynamic = recipe.act_split == "dynamic"
     acts = recipe.act_bits if not recipe.float or recipe.act_ratio else None
@@ -95,7 +105,7 @@ def _steps(recipe: Recipe, grid: ChooseGrid, placed: bool) -> list[Pass]:
         *([LimitCosts(recipe.ratio, rates)] if weights and recipe.spares else []),
         *([PlaceTensors(recipe.rules, recipe.act_bits)] if placed else []),
         ChooseActivationSteps(recipe.act_clip, recipe.rules.unsigned),
-        *([ChooseRounding(recipe.round, recipe.bias_correction, recipe.bits)] if weights else []),
+        *([rounding] if weights else []),
         PlanSplits(
             recipe.ratio,
             recipe.split_policy,
@@ -181,6 +191,29 @@ def _moments(run: Run, model: Model, work: Work) -> dict[str, moments.Stored]:
                 run.timeout,
             )
     return run.known.moments
+
+
+def _synthetic_moments(run: Run, model: Model, work: Work, rounding: ChooseRounding) -> dict[str, moments.Stored]:
+    """Those of the data of layers that are to be rounded by made-up samples; without them it is assumed."""
+    recipe, known = run.recipe, run.known
+    if recipe.bits is None or recipe.float:
+        return {}
+    asked = zip(work.plans, rounding.asked(work.plans), strict=True)
+    found = [plan.contraction for plan, name in asked if name == "synthetic" and not plan.declined]
+    wanted = {layer.key: layer for layer in found if layer is not None}
+    if missing := [layer for key, layer in wanted.items() if key not in known.synthetic]:
+        folder = known.folder / f"synthetic.{len(known.synthetic)}"
+        folder.mkdir()
+        try:
+            with run.timed("calibrate"):
+                samples, batch, timeout = run.made_up(), recipe.batch, run.timeout
+                known.synthetic |= moments.gather(model, missing, samples, folder, batch=batch, timeout=timeout)
+        except OcsError as error:
+            run.notes.append(f"no samples could be made up to round weights by; their data is assumed ({error})")
+            return {}
+    if wanted:
+        run.notes.append(MADE_UP.format(recipe.synthetic or COUNT))
+    return {key: known.synthetic[key] for key in wanted if key in known.synthetic}
 
 
 def _fold(run: Run, model: Model, work: Work) -> int:

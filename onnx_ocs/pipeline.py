@@ -31,8 +31,7 @@ from onnx_ocs.passes.widen_makers import WidenMakers
 from onnx_ocs.plans import LayerPlan
 from onnx_ocs.recipe import Recipe
 from onnx_ocs.report import layer_rows, overhead, stage_summary
-from onnx_ocs.run import Calibration, Known, Progress, Run, Source, on_disk
-from onnx_ocs.synthetic import make_samples
+from onnx_ocs.run import Calibration, Known, Progress, Run, Source, made_up, on_disk
 
 CALIBRATED = 64
 """Samples of those for calibration that the result is verified on, where no others are given."""
@@ -104,9 +103,7 @@ def samples_at_hand(
         if calibration.samples is not None:
             calibration = replace(calibration, samples=stored(calibration.samples, here, recipe.calibration_samples))
         elif recipe.synthetic is not None and calibration.stats is None:
-            model = Model.load(source)
-            path, bounds = on_disk(source, model, folder / "source.onnx"), table_lengths(Editor(model))
-            made = make_samples(path, model.name, here, recipe.synthetic, recipe.seed, bounds, timeout)
+            made = made_up(source, folder, here, recipe.synthetic, recipe.seed, timeout)
             calibration = replace(calibration, samples=made, synthetic=True)
         yield calibration
     except BadSamples as error:  # of arrays, whose files nobody but this run knows

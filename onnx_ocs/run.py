@@ -8,10 +8,14 @@ from pathlib import Path
 
 import onnx
 
-from onnx_ocs import calibrate, moments
+from onnx_ocs import calibrate
+from onnx_ocs.graph.editor import Editor
+from onnx_ocs.graph.hints import table_lengths
 from onnx_ocs.graph.model import Model
 from onnx_ocs.graph.samples import Samples
+from onnx_ocs.moments import Stored
 from onnx_ocs.recipe import Recipe
+from onnx_ocs.synthetic import COUNT, make_samples
 
 Source = str | Path | onnx.ModelProto
 Progress = Callable[[str], None]
@@ -24,6 +28,18 @@ def on_disk(source: Source, model: Model, path: Path) -> Path:
     if not path.exists():
         model.save(path)
     return path
+
+
+def made_up(source: Source, folder: Path, here: Path, count: int, seed: int, timeout: float) -> Path:
+    """``here``, with ``count`` samples for ``source``; ``folder``: for files on the way.
+
+    Raises:
+        BadSamples: the model runs on none that could be thought of.
+        RuntimeFailed: it crashed or ran out of time.
+    """
+    model = Model.load(source)
+    path, bounds = on_disk(source, model, folder / "source.onnx"), table_lengths(Editor(model))
+    return make_samples(path, model.name, here, count, seed, bounds, timeout)
 
 
 @dataclass(frozen=True)
@@ -47,7 +63,9 @@ class Known:
 
     folder: Path  # where moments are kept
     seen: calibrate.Seen | None = None
-    moments: "dict[str, moments.Stored] | None" = None
+    moments: dict[str, Stored] | None = None
+    made: Path | None = None  # samples that are made up, to round weights by
+    synthetic: dict[str, Stored] = field(default_factory=dict)  # moments of these
 
 
 @dataclass
@@ -84,6 +102,21 @@ class Run:
         """Whether moments of the data of layers are: to round weights, or for what biases make up for."""
         corrects = self.recipe.corrects and not self.calibration.synthetic
         return (self.recipe.needs_moments or corrects) and self.calibration.samples is not None
+
+    def made_up(self) -> Path:
+        """Samples that are made up: those of calibration, or others.
+
+        Raises:
+            BadSamples: the model runs on none that could be thought of.
+            RuntimeFailed: it crashed or ran out of time.
+        """
+        samples = self.calibration.samples
+        if self.calibration.synthetic and isinstance(samples, Path):
+            return samples
+        if self.known.made is None:
+            here = self.known.folder / "made"
+            self.known.made = made_up(self.source, self.folder, here, COUNT, self.recipe.seed, self.timeout)
+        return self.known.made
 
     def mark(self, model: Model) -> str:
         """By which statistics of the source are known again: ranges are others once they were evened out."""

@@ -45,7 +45,7 @@ def test_a_model_is_calibrated_on_them_and_the_report_says_so(command, models, t
     assert any("16 synthetic samples" in note for note in found["notes"])
     assert found["verification"]["generated"] is True
     assert {row["act_bits"] for row in found["layers"]} == {8}
-    assert {row["round"] for row in found["layers"]} == {"compensated"}
+    assert {row["round"] for row in found["layers"]} == {"synthetic"}
     assert not any(row["bias_corrected"] for row in found["layers"])
     again = tmp_path / "again.onnx"
     assert command(models / "digits_resnet.onnx", again, "--recipe", report, "-q")[0] == 0

@@ -8,16 +8,23 @@ from numpy.typing import NDArray
 
 from onnx_ocs.numerics.compare import decibels
 from onnx_ocs.numerics.grid import CHUNK, Grid, nearest, pieces
-from onnx_ocs.numerics.rounding import ROUNDINGS, Rows, SecondMoments
+from onnx_ocs.numerics.rounding import ROUNDINGS, SWEEPS, Rows, SecondMoments
 from onnx_ocs.numerics.split import SplitPlan, along, deal, expand, recombine
 from onnx_ocs.numerics.weights import Axes, by_group, by_output, grouped, shaped_step, ungrouped
 
-FRACTIONS = {"hessian": (1.0, 0.9, 0.8, 0.7, 0.6), "assumed": (1.0, 0.9, 0.8)}
+FRACTIONS = {
+    "hessian": (1.0, 0.9, 0.8, 0.7, 0.6),
+    "synthetic": (1.0, 0.9, 0.8, 0.7, 0.6),
+    "assumed": (1.0, 0.9, 0.8),
+}
 """Of the largest share, that are tried as the threshold with the least error of the output; not as small where the data
 is assumed, of which the largest weights may meet more than that."""
 
 NARROWER = (0.05, 0.025)
 """How far on either side of the best so far it is looked for next."""
+
+TRIAL_SWEEPS = 0
+"""Of the roundings that thresholds are compared by."""
 
 MOST_REFITTED = 2.0
 """Times that a step grows or shrinks at most where it is refitted; outputs that are next to nothing ask for more."""
@@ -31,7 +38,7 @@ class Task:
     """How a weight is rounded, and what that rests on."""
 
     rounding: str = "nearest"
-    moments: SecondMoments | None = None  # of the data, for ``hessian`` and ``assumed``
+    moments: SecondMoments | None = None  # of the data, for ``hessian``, ``synthetic`` and ``assumed``
 
 
 NEAREST = Task()
@@ -104,7 +111,7 @@ def least_error_threshold(
     def attempt(fractions: NDArray[np.float64]) -> None:
         nonlocal best, least
         wide = shaped_step(grid.step(threshold * fractions), axes, weight.ndim, plans)
-        error = _rounded(weight, wide, limits, axes, task) * wide.astype(np.float64) - weight
+        error = _rounded(weight, wide, limits, axes, task, TRIAL_SWEEPS) * wide.astype(np.float64) - weight
         cost = _costs(error, axes, moments, threshold.shape)
         best = np.where(cost < least, fractions, best)
         least = np.minimum(least, cost)
@@ -186,7 +193,12 @@ def widened_limits(plans: tuple[SplitPlan, ...], axes: Axes, levels: int) -> NDA
 
 
 def _rounded(
-    weight: NDArray[Any], wide: NDArray[np.float32], limits: NDArray[np.int64], axes: Axes, task: Task
+    weight: NDArray[Any],
+    wide: NDArray[np.float32],
+    limits: NDArray[np.int64],
+    axes: Axes,
+    task: Task,
+    sweeps: int = SWEEPS,
 ) -> NDArray[Any]:
     """Integers within the limits by a rounding that looks at whole rows."""
     rows, steps = grouped(weight, axes), grouped(np.broadcast_to(wide, weight.shape), axes)
@@ -195,7 +207,7 @@ def _rounded(
     chunk = max(1, (CHUNK if task.moments is None else WIDE) * rows.shape[1] // rows.size)
     for start in range(0, rows.shape[1], chunk):
         some = slice(start, start + chunk)
-        asked = Rows(rows[:, some].astype(np.float64), steps[:, some], limit, task.moments)
+        asked = Rows(rows[:, some].astype(np.float64), steps[:, some], limit, task.moments, sweeps)
         made[:, some] = ROUNDINGS[task.rounding](asked)
     return np.ascontiguousarray(ungrouped(made, axes, weight.shape))
 

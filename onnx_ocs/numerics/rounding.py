@@ -8,12 +8,13 @@ function from some outputs of a layer to their integers. They differ in the erro
 ``compensated``  ``sum e^2`` after the sums of ``e`` over each kernel and each output: no data (as SQuant, Guo et al.,
                ICLR 2022, arXiv:2202.07471)
 ``assumed``    ``e' H e`` with second moments ``H`` that data is taken to have (:mod:`onnx_ocs.numerics.assumed`)
+``synthetic``  as ``hessian``, on samples that are made up, and partly on what is assumed
 ``hessian``    ``e' H e`` with the second moments ``H`` of the data that the weights are multiplied by: the squared
                error of the output (OBQ, arXiv:2208.11580; GPTQ, arXiv:2210.17323)
 =============  =========================================================================================================
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,14 +26,14 @@ from onnx_ocs.numerics.grid import nearest
 DAMPING = 0.01
 """Of the mean of the second moments, that is added to each of their squares: samples are few, and data is noisy."""
 
-COLUMNS = 128
+COLUMNS = 64
 """Columns between two updates of all later ones by one product."""
 
 SWEEPS = 2
-"""Times that ``hessian`` looks at each weight again."""
+"""Times that roundings by moments look at each weight again."""
 
 
-BY_MOMENTS = {"hessian", "assumed"}
+BY_MOMENTS = {"hessian", "synthetic", "assumed"}
 """Roundings that make the error of the outputs least, as far as second moments of the data tell it."""
 
 
@@ -44,6 +45,7 @@ class Rows:
     step: NDArray[Any]  # broadcasts to them
     limit: NDArray[np.int64]  # (G, 1, I, 1), of the integers of each input channel
     moments: "SecondMoments | None" = None  # of the data
+    sweeps: int = SWEEPS  # times that a rounding by moments looks at each weight again
 
 
 class SecondMoments(Protocol):
@@ -204,6 +206,7 @@ def factorized(moments: NDArray[np.float64], damping: float = DAMPING) -> Factor
     return found
 
 
+@rounding("synthetic")
 @rounding("hessian")
 def error_propagating(rows: Rows) -> Integers:
     """One input after the other is rounded, and what is wrong with it is made up for by those that follow.
@@ -215,42 +218,63 @@ def error_propagating(rows: Rows) -> Integers:
     """
     factor = rows.moments
     assert isinstance(factor, Factor)
-    upper = factor.upper
+    upper, corner = factor.upper, factor.upper.diagonal(axis1=1, axis2=2)[..., None]
     values, step, limit = (
-        factor.ordered(np.broadcast_to(part, rows.values.shape).reshape(*rows.values.shape[:2], -1))
+        np.ascontiguousarray(factor.ordered(_flat(part, rows.values.shape)).swapaxes(1, 2), np.float64)
         for part in (rows.values, rows.step, rows.limit)
-    )
+    )  # (G, n, O) each, the inputs in the order of the factor
     made, error = np.empty_like(values), np.empty_like(values)
-    for start in range(0, values.shape[2], COLUMNS):
-        end = min(start + COLUMNS, values.shape[2])
-        owed = error[..., :start] @ upper[:, :start, start:end]
+    for start, end in _blocks(values.shape[1]):
+        owed = upper[:, :start, start:end].swapaxes(1, 2) @ error[:, :start]
         for j in range(start, end):
-            wrong = owed[..., j - start] + (error[..., start:j] @ upper[:, start:j, j, None])[..., 0]
-            wanted = (values[..., j] - wrong / upper[:, None, j, j]) / step[..., j]
-            made[..., j] = np.clip(np.floor(wanted + 0.5), -limit[..., j], limit[..., j])
-            error[..., j] = made[..., j] * step[..., j] - values[..., j]
-    for _ in range(SWEEPS):
+            wanted = (values[:, j] - owed[:, j - start] / corner[:, j]) / step[:, j]
+            made[:, j] = _nearest_within(wanted, limit[:, j])
+            error[:, j] = made[:, j] * step[:, j] - values[:, j]
+            owed[:, j - start + 1 :] += upper[:, j, j + 1 : end, None] * error[:, None, j]
+    for _ in range(rows.sweeps):
         _descend(made, error, step, limit, factor.moments)
-    integers = np.empty_like(made)
-    np.put_along_axis(integers, factor.order[:, None], made, axis=2)
+    integers = np.empty((len(made), made.shape[2], made.shape[1]))
+    np.put_along_axis(integers, factor.order[:, None], made.swapaxes(1, 2), axis=2)
     return integers.reshape(rows.values.shape)
 
 
 def _descend(
     made: NDArray[np.float64],
     error: NDArray[np.float64],
-    step: NDArray[Any],
-    limit: NDArray[np.int64],
+    step: NDArray[np.float64],
+    limit: NDArray[np.float64],
     moments: NDArray[np.float64],
 ) -> None:
-    """One sweep of coordinate descent on ``e' H e``, in place: (G, O, n) all."""
-    slope = error @ moments
-    for j in range(made.shape[2]):
-        wanted = made[..., j] - np.floor(slope[..., j] / (moments[:, None, j, j] * step[..., j]) + 0.5)
-        moved = np.clip(wanted, -limit[..., j], limit[..., j]) - made[..., j]
-        group, row = np.nonzero(moved)
-        if row.size:
-            change = moved[group, row] * step[group, row, j]
-            made[group, row, j] += moved[group, row]
-            error[group, row, j] += change
-            slope[group, row] += change[:, None] * (moments[group, j] if len(moments) > 1 else moments[0, j])
+    """One sweep of coordinate descent on ``e' H e``, in place: (G, n, O) all."""
+    slope = moments @ error
+    own = moments.diagonal(axis1=1, axis2=2)[..., None]
+    for start, end in _blocks(made.shape[1]):
+        before = error[:, start:end].copy()
+        for j in range(start, end):
+            wanted = made[:, j] - slope[:, j] / (own[:, j] * step[:, j])
+            moved = _nearest_within(wanted, limit[:, j]) - made[:, j]
+            if moved.any():
+                change = moved * step[:, j]
+                made[:, j] += moved
+                error[:, j] += change
+                slope[:, j + 1 : end] += moments[:, j, j + 1 : end, None] * change[:, None]
+        slope[:, end:] += moments[:, end:, start:end] @ (error[:, start:end] - before)
+
+
+def _nearest_within(wanted: NDArray[np.float64], limit: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The nearest integers of magnitude ``limit`` at most; ``wanted`` is overwritten."""
+    wanted += 0.5
+    np.floor(wanted, out=wanted)
+    np.minimum(wanted, limit, out=wanted)
+    return np.maximum(wanted, -limit, out=wanted)
+
+
+def _blocks(inputs: int) -> Iterator[tuple[int, int]]:
+    """Columns whose errors are passed on to all later ones by one product."""
+    for start in range(0, inputs, COLUMNS):
+        yield start, min(start + COLUMNS, inputs)
+
+
+def _flat(part: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """(G, O, n)."""
+    return np.broadcast_to(part, shape).reshape(*shape[:2], -1)

@@ -12,7 +12,7 @@ from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.layers import Layer
 from onnx_ocs.graph.observe import Observed
 from onnx_ocs.graph.predicted import NOTHING, Predicted
-from onnx_ocs.numerics.assumed import Assumed
+from onnx_ocs.numerics.assumed import SHARE, Assumed, tempered
 from onnx_ocs.numerics.batchnorm import clipped_normal
 from onnx_ocs.numerics.integers import Task
 from onnx_ocs.numerics.moments import Moments
@@ -40,6 +40,8 @@ class Work:
     widened: list[Widened] = field(default_factory=list)
     statistics: Mapping[str, Statistics] = field(default_factory=dict)  # of the data of layers, by Observed.key
     stored: Mapping[str, StoredMoments] = field(default_factory=dict)  # by Contraction.key
+    synthetic: Mapping[str, StoredMoments] = field(default_factory=dict)  # of made-up samples, to round weights by
+    share: float = SHARE  # of what is assumed, in those
     predicted: Mapping[str, Predicted] = field(default_factory=dict)  # by tensor
     is_real: bool = True  # what statistics and moments are of, and not made up
     _task: tuple[Any, Task] | None = None
@@ -57,9 +59,10 @@ class Work:
         axis = plan.axes.input
         return by_group(lambda split, part: part.take(split.source, axis), plan.data_splits, plan.axes, values)
 
-    def moments(self, plan: LayerPlan) -> Moments | None:
+    def moments(self, plan: LayerPlan, synthetic: bool = False) -> Moments | None:
         """Of the data that :meth:`values` are multiplied by; None where nothing was gathered."""
-        found = self.stored.get(plan.contraction.key) if plan.contraction is not None else None
+        among = self.synthetic if synthetic else self.stored
+        found = among.get(plan.contraction.key) if plan.contraction is not None else None
         if found is None or (plan.static_extra != plan.extra and (plan.stream is not None or plan.layer.groups > 1)):
             return None
         moments = found.load()
@@ -129,8 +132,8 @@ class Work:
         """How the weight of ``plan`` is rounded; the moments of the last layer asked for are kept."""
         if plan.rounding not in BY_MOMENTS:
             return Task(plan.rounding)
-        of = plan.contraction.key if plan.rounding == "hessian" and plan.contraction is not None else id(plan.layer)
-        key = (of, plan.corrected, plan.outputs is None, plan.static_extra - plan.extra)
+        of = id(plan.layer) if plan.rounding == "assumed" or plan.contraction is None else plan.contraction.key
+        key = (plan.rounding, of, plan.corrected, plan.outputs is None, plan.static_extra - plan.extra)
         if self._task is None or self._task[0] != key:
             found = self._assumed(plan) if plan.rounding == "assumed" else self._factor(plan)
             self._task = key, Task(plan.rounding, found)
@@ -138,8 +141,11 @@ class Work:
 
     def _factor(self, plan: LayerPlan) -> Factor:
         """Of the second moments that were gathered."""
-        moments = self.moments(plan)
+        synthetic = plan.rounding == "synthetic"
+        moments = self.moments(plan, synthetic)
         assert moments is not None
+        if synthetic:
+            moments = tempered(moments, self._known(plan), plan.kernel, self.share)
         return factorized(moments.about(plan.corrected))
 
     def _assumed(self, plan: LayerPlan) -> Assumed:

@@ -1,5 +1,7 @@
 """How each layer's weights are rounded, and whether its bias makes up for what that does to the mean."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -8,17 +10,23 @@ from onnx_ocs.numerics.assumed import fits
 from onnx_ocs.passes.base import Work
 from onnx_ocs.plans import LayerPlan
 
-FEW = 5
-"""Bits up to which ``auto`` rounds by assumed second moments: that takes longer than ``compensated``, and with more
-bits it gains little."""
+NARROW = 5
+"""Bits up to which ``auto`` rounds by made-up samples or by assumed data whatever time that takes, within bounds."""
+
+SMALL = 2e9
+"""Products of a rounding of all weights by second moments up to which ``auto`` does so with more bits as well."""
+
+LARGE = 2e11
+"""Products beyond which it is never by made-up samples: four times those of ResNet-50, which takes minutes."""
 
 
 @dataclass(frozen=True)
 class ChooseRounding:
     """The rounding that was asked for; where it needs the data of the layer and there is none, one that does not.
 
-    ``auto`` is of those the one without samples: ``assumed`` where the layer or the rest of the model has few bits,
-    else ``compensated``.
+    ``auto`` is of those one without samples. Where bits are few, or the model is small: ``synthetic`` if the model
+    takes pictures, which can be made up, or if the layer is a dense one, of whose data nothing can be assumed; else
+    ``assumed``, which knows feature maps. Elsewhere ``compensated``, which takes least time.
     """
 
     name: ClassVar[str] = "choose-rounding"
@@ -26,19 +34,50 @@ class ChooseRounding:
     rounding: str = "nearest"
     correct: bool = False
     bits: int | None = None  # of most layers
+    pictures: bool = False  # the model takes some
 
     def apply(self, work: Work) -> list[LayerPlan]:
-        return [plan if plan.declined else self._visit(work, plan) for plan in work.plans]
+        asked = self.asked(work.plans)
+        return [
+            plan if plan.declined else self._visit(work, plan, name)
+            for plan, name in zip(work.plans, asked, strict=True)
+        ]
 
-    def _visit(self, work: Work, plan: LayerPlan) -> LayerPlan:
-        rounding, reason = plan.given.get("round", self.rounding), None
-        moments = work.moments(plan)
-        if rounding == "hessian" and (moments is None or moments.second is None):
-            rounding, reason = "auto", "nothing is known of its data"
-        if rounding == "auto":
-            few = any(bits is not None and bits <= FEW for bits in (self.bits, plan.bits))
-            rounding = "assumed" if few else "compensated"
+    def asked(self, plans: Sequence[LayerPlan]) -> list[str]:
+        """What each layer is rounded by where all is known that this needs."""
+        products = _products(plans)
+        return [self._asked(plan, products) for plan in plans]
+
+    def _asked(self, plan: LayerPlan, products: float) -> str:
+        rounding: str = plan.given.get("round", self.rounding)
+        if rounding != "auto":
+            return rounding
+        narrow = products <= LARGE and self._is_narrow(plan)
+        if (self.pictures and (narrow or products <= SMALL)) or (narrow and not plan.kernel):
+            return "synthetic"
+        return self._without_samples(plan, products)
+
+    def _without_samples(self, plan: LayerPlan, products: float) -> str:
+        return "assumed" if self._is_narrow(plan) or products <= SMALL else "compensated"
+
+    def _is_narrow(self, plan: LayerPlan) -> bool:
+        return any(bits is not None and bits <= NARROW for bits in (self.bits, plan.given.get("bits")))
+
+    def _visit(self, work: Work, plan: LayerPlan, rounding: str) -> LayerPlan:
+        reason = None
+        if rounding in ("hessian", "synthetic"):
+            moments = work.moments(plan, rounding == "synthetic")
+            if moments is None or moments.second is None:
+                rounding, reason = self._without_samples(plan, _products(work.plans)), "nothing is known of its data"
         if rounding == "assumed" and not fits(plan.expanded, plan.kernel):
             rounding, reason = "compensated", "its kernels are too large for matrices of their positions"
         corrected = self.correct and work.mean(plan) is not None and bias_of(work.editor, plan.layer) is not None
         return replace(plan, rounding=rounding, rounding_reason=reason, corrected=corrected)
+
+
+def _products(plans: Sequence[LayerPlan]) -> float:
+    """Of rounding all weights once by second moments; each changes the error that all others of its output meet."""
+    worked = [plan for plan in plans if not plan.declined and plan.contraction is not None]
+    return float(
+        sum(math.prod(plan.layer.weight.shape) * plan.contraction.inputs for plan in worked if plan.contraction)
+    )

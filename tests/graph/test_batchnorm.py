@@ -140,7 +140,8 @@ def test_it_stays_where_folding_would_change_the_function(text):
 
 def test_scales_are_those_of_the_folded_weights_unless_it_is_not_wanted():
     model = model_of(FOLDED["Conv"])
-    result = quantize(model, ratio=0, first="same")
+    plain = {"ratio": 0, "first": "same", "round": "nearest"}
+    result = quantize(model, **plain)
     weight, scale, variance = (
         next(onnx.numpy_helper.to_array(t) for t in model.graph.initializer if t.name == name)
         for name in ("w", "ws", "wv")
@@ -149,7 +150,7 @@ def test_scales_are_those_of_the_folded_weights_unless_it_is_not_wanted():
     (row,) = result.report["layers"]
     np.testing.assert_allclose(row["threshold"], np.abs(weight).max(axis=(1, 2, 3)) * np.abs(factor), rtol=1e-5)
     assert any("1 BatchNormalization node was folded" in note for note in result.report["notes"])
-    kept = quantize(model, ratio=0, first="same", no_fold_bn=True)
+    kept = quantize(model, **plain, no_fold_bn=True)
     np.testing.assert_allclose(kept.report["layers"][0]["threshold"], np.abs(weight).max(axis=(1, 2, 3)), rtol=1e-5)
 
 

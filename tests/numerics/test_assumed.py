@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from onnx_ocs.numerics.assumed import CORRELATION, MEAN, Assumed, fits
+from onnx_ocs.numerics.assumed import CORRELATION, MEAN, Assumed, fits, tempered
+from onnx_ocs.numerics.moments import Moments
+from onnx_ocs.numerics.planning import Inputs
 from onnx_ocs.numerics.rounding import DAMPING, ROUNDINGS, Factor, Rows
 
 
@@ -106,3 +108,47 @@ def test_only_small_matrices_are_made():
     assert fits(512, (3, 3))
     assert fits(2**23, ())
     assert not fits(512, (1024,))
+
+
+def gathered(rng, groups, channels, kernel):
+    """Moments of few samples, in which the first channel is dead."""
+    size = int(np.prod(kernel))
+    data = np.maximum(rng.standard_normal((groups, 6, channels, size)) + 0.3, 0)
+    data[:, :, 0] = 0
+    rows = data.reshape(groups, 6, channels * size)
+    return Moments(rows.mean(axis=1), np.einsum("gri,grj->gij", rows, rows) / 6)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize(("channels", "kernel"), CASES[1:])
+def test_tempered_moments_let_no_channel_go_and_keep_the_whole(channels, kernel, groups, rng):
+    made, size = gathered(rng, groups, channels, kernel), int(np.prod(kernel))
+    found = tempered(made, None, kernel, 0.3)
+    before, after = (np.stack([part.diagonal() for part in moments.second]) for moments in (made, found))
+    np.testing.assert_allclose(after.sum(axis=1), before.sum(axis=1))
+    np.testing.assert_allclose(after[:, :size], 0.3 * before.mean(axis=1, keepdims=True) * np.ones(size))
+    assert np.linalg.eigvalsh(found.second).min() > 0
+    np.testing.assert_array_equal(found.mean, made.mean)
+    for place in np.ndindex(size, size):  # positions of the dead channel have only what is assumed
+        away = sum(abs(a - b) for a, b in zip(*(np.unravel_index(at, kernel or (1,)) for at in place), strict=True))
+        share = found.second[:, place[0], place[1]] / found.second[:, 0, 0]
+        np.testing.assert_allclose(share, CORRELATION**away)
+
+
+@pytest.mark.parametrize(("channels", "kernel"), CASES)
+def test_tempered_moments_have_the_means_and_variances_that_are_known(channels, kernel, rng):
+    made, size = gathered(rng, 2, channels, kernel), int(np.prod(kernel))
+    known = Inputs(rng.standard_normal((2, channels * size)), rng.uniform(0.5, 2, (2, channels * size)))
+    found = tempered(made, known, kernel, 0.3)
+    np.testing.assert_array_equal(found.mean, known.mean)
+    centered = found.about(True)
+    alive = np.stack([part.diagonal() for part in made.second]) - np.square(made.mean) > 1e-3
+    diagonal = np.stack([part.diagonal() for part in centered])
+    np.testing.assert_allclose(diagonal[alive], known.variance[alive])
+    np.testing.assert_allclose(diagonal[:, :size], 0.3 * known.variance[:, :size])
+    assert np.linalg.eigvalsh(centered).min() > -1e-9
+
+
+def test_samples_that_are_all_zero_tell_nothing():
+    found = tempered(Moments(np.zeros((1, 4)), np.zeros((1, 4, 4))), None, (), 0.3)
+    np.testing.assert_allclose(found.second[0], 0.3 * np.eye(4))

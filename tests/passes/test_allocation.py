@@ -104,7 +104,7 @@ def test_options_of_single_layers_hold_for_those_whose_names_match(rng):
         node.name = name
     layers = ("f.*t$:bits=8,ratio=0", "second:bits=3,ratio=0.3,round=nearest,clip=mse", "nothing:bits=2")
     first, second = quantize(model, bits=4, ratio=0.1, layer=layers, verify=False).report["layers"]
-    assert (first["bits"], first["extra"], first["round"]) == (8, 0, "assumed")
+    assert (first["bits"], first["extra"], first["round"]) == (8, 0, "synthetic")
     assert (second["bits"], second["extra"], second["round"]) == (3, 12, "nearest")
     plain = quantize(model, bits=3, ratio=0.3, round="nearest", verify=False).report["layers"][1]
     assert np.mean(second["threshold"]) < np.mean(plain["threshold"])

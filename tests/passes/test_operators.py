@@ -120,7 +120,8 @@ def test_copies_sum_to_the_nearest_point_with_the_emitted_step(name, bits, ratio
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_every_clip_method_quantizes(clip, per_channel):
     model = row_model("Conv 2-D")
-    result = quantize(model, bits=6, clip=clip, per_channel=per_channel, first="same", min_sqnr=5)
+    options = {"bits": 6, "clip": clip, "per_channel": per_channel, "first": "same", "round": "nearest"}
+    result = quantize(model, **options, min_sqnr=5)
     peak = np.abs(constants(model)["w"]).max()
     (row,) = result.report["layers"]
     assert all(0 < threshold <= peak for threshold in row["threshold"])

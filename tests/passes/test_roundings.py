@@ -7,8 +7,10 @@ import onnxruntime as ort
 import pytest
 from operators import ROWS, row_model, with_weights
 
-from onnx_ocs import quantize
+from onnx_ocs import quantize, run
+from onnx_ocs.errors import BadSamples
 from onnx_ocs.numerics.rounding import ROUNDINGS
+from onnx_ocs.passes import choose_rounding
 
 MIXED = {"If body", "Scan body", "function"}
 """Rows whose inputs have different lengths, so that the samples of one array each do not fit them."""
@@ -62,7 +64,7 @@ def test_every_row_is_rounded_and_the_report_says_how(name, rounding):
     for row in result.report["layers"]:
         if row["status"] == "declined":
             continue
-        fallback = rounding == "hessian" and name in UNSEEN
+        fallback = rounding in ("hessian", "synthetic") and name in UNSEEN
         assert row["round"] == ("assumed" if fallback else rounding)
         assert (row["round_reason"] is not None) == fallback
 
@@ -119,15 +121,15 @@ g (float[N,8] x, float[8,6] w, float[6,5] w2) => (float[N,5] y) { h = Gemm(x, w)
 @pytest.mark.parametrize(
     ("options", "roundings"),
     [
-        ({"bits": 8}, ["compensated", "compensated"]),
-        ({"bits": 5}, ["assumed", "assumed"]),
-        ({"bits": 8, "layer": ("Gemm_1:bits=5",)}, ["compensated", "assumed"]),
-        ({"bits": 4, "layer": ("Gemm_1:bits=8",)}, ["assumed", "assumed"]),
+        ({"bits": 8}, ["assumed", "assumed"]),
+        ({"bits": 5}, ["synthetic", "synthetic"]),
+        ({"bits": 8, "layer": ("Gemm_1:bits=5",)}, ["assumed", "synthetic"]),
+        ({"bits": 4, "layer": ("Gemm_1:bits=8",)}, ["synthetic", "synthetic"]),
         ({"bits": 4, "round": "compensated", "layer": ("Gemm_1:round=assumed",)}, ["compensated", "assumed"]),
         ({"bits": 8, "calibrate": SAMPLES}, ["hessian", "hessian"]),
         ({"bits": 8, "calibrate": SAMPLES, "round": "auto"}, ["hessian", "hessian"]),
         ({"bits": 8, "calibrate": SAMPLES, "layer": ("Gemm_1:round=nearest",)}, ["hessian", "nearest"]),
-        ({"bits": 4, "synthetic": 4, "layer": ("Gemm_1:round=hessian",)}, ["assumed", "hessian"]),
+        ({"bits": 4, "synthetic": 4, "layer": ("Gemm_1:round=hessian",)}, ["synthetic", "hessian"]),
     ],
 )
 def test_auto_goes_by_what_is_known_and_by_the_bits(options, roundings):
@@ -137,6 +139,61 @@ def test_auto_goes_by_what_is_known_and_by_the_bits(options, roundings):
     found = quantize(model, verify=False, **options).report
     assert [row["round"] for row in found["layers"]] == roundings
     assert [row["round_reason"] for row in found["layers"]] == [None, None]
+
+
+def convolution(shape):
+    text = f"""<ir_version: 8, opset_import: ["" : 17]>
+    g (float[{shape}] x, float[8,3,3,3] w, float[4,8,1,1] w2) => (float[N,4,H,W] y) {{
+        h = Conv<pads = [1, 1, 1, 1]>(x, w) r = Relu(h) y = Conv(r, w2) }}"""
+    return with_weights(onnx.parser.parse_model(text))
+
+
+@pytest.mark.parametrize(
+    ("shape", "bits", "rounding"),
+    [
+        ("N,3,H,W", 8, "synthetic"),
+        ("N,3,16,16", 4, "synthetic"),
+        ("N,3,4,16", 8, "assumed"),
+        ("N,3,4,16", 4, "assumed"),
+    ],
+)
+def test_auto_makes_up_pictures_and_assumes_the_data_of_other_convolutions(shape, bits, rounding):
+    report = quantize(convolution(shape), bits=bits, first="same").report
+    assert [row["round"] for row in report["layers"]] == [rounding, rounding]
+    assert any("synthetic samples" in note for note in report["notes"]) == (rounding == "synthetic")
+
+
+@pytest.mark.parametrize(("bits", "rounding"), [(6, "compensated"), (5, "synthetic")])
+def test_a_large_model_is_rounded_by_error_sums_unless_bits_are_few(bits, rounding, monkeypatch):
+    monkeypatch.setattr(choose_rounding, "SMALL", 100)
+    (first, _) = quantize(convolution("N,3,16,16"), bits=bits, first="same").report["layers"]
+    assert first["round"] == rounding
+
+
+def test_a_very_large_model_is_rounded_by_samples_only_if_that_is_said(monkeypatch):
+    monkeypatch.setattr(choose_rounding, "SMALL", 100)
+    monkeypatch.setattr(choose_rounding, "LARGE", 100)
+    for options, rounding in (({}, "assumed"), ({"round": "synthetic"}, "synthetic")):
+        (first, _) = quantize(convolution("N,3,16,16"), bits=4, first="same", **options).report["layers"]
+        assert first["round"] == rounding
+
+
+@pytest.mark.parametrize("options", [{}, {"round": "synthetic"}])
+def test_a_model_that_runs_on_no_made_up_sample_has_its_data_assumed(options, monkeypatch):
+    def refuse(*given):
+        raise BadSamples("it runs on none")
+
+    monkeypatch.setattr(run, "make_samples", refuse)
+    report = quantize(row_model("Gemm"), bits=4, **options).report
+    (row,) = report["layers"]
+    assert row["round"] == "assumed"
+    assert any("it runs on none" in note for note in report["notes"])
+
+
+def test_made_up_samples_are_the_same_each_time():
+    first, again, other = (quantize(convolution("N,3,16,16"), bits=4, seed=seed).model for seed in (0, 0, 1))
+    assert first == again
+    assert first.graph.initializer != other.graph.initializer
 
 
 @pytest.mark.parametrize("options", [{}, {"stats": "s.npz"}])
