@@ -5,8 +5,9 @@ agreement with the float model on all images, and divergence of the outputs time
 
 **Float activations**, so that the figures are those of the weights. Without data: one maximum for each output channel
 (``max``), least squared error of the weights (``mse``), the paper's recipe (``paper``: one scale per tensor, ratio
-0.05, the better of no clip and mse), and the defaults at two ratios; with samples the defaults at the same ratios. A
-quantizer that cannot leave activations alone is measured with the Q/DQ pairs of its data taken out.
+0.05, the better of no clip and mse; of a transformer the dense layers as well), and the defaults at two ratios; with
+samples the defaults at the same ratios. A quantizer that cannot leave activations alone is measured with the Q/DQ pairs
+of its data taken out.
 
 **Activations of 8 bits**, as those quantizers write them, beside the defaults with samples.
 
@@ -35,6 +36,7 @@ from numpy.typing import NDArray
 from peers import FLOAT, Apart, NotPossible, Quantizer, data_pairs, free_data, shortened, widths
 
 from onnx_ocs import quantize
+from onnx_ocs.graph.layers import READERS
 
 PLAIN: dict[str, Any] = {"round": "nearest", "ratio": 0, "clip": "none"}
 
@@ -78,6 +80,8 @@ def scores(network: Network, bits: int, options: dict[str, Any]) -> Scores:
     given = dict(options)
     if given.pop("calibrate", False):
         given = {"calibrate": network.calibration, "act_bits": None} | given
+    if network.dense:
+        given["quantize_ops"] = tuple(READERS)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "out.onnx")
         quantize(network.model, target, bits=bits, verify=False, **given)

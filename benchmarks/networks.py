@@ -36,6 +36,7 @@ class Network:
     images: NDArray[np.float32]
     labels: NDArray[np.int64]  # of the first of ``images``
     classes: bool = True  # whether the outputs are scores, of which the largest means something
+    dense: bool = False  # nearly all weights are those of dense layers, which the paper's preset leaves float
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def _transformer(calibrate: int) -> Network:
     test, train = (_normalized(data[name].astype(np.float32) / 255, *normal) for name in ("test_x", "train_x"))
     model = assets() / "models" / "cifar10_vit_ibp_3_3_8.onnx"
     images = np.concatenate([test, train[calibrate:]])
-    return Network("ViT", model, train[:calibrate], images, data["test_y"].astype(np.int64))
+    return Network("ViT", model, train[:calibrate], images, data["test_y"].astype(np.int64), dense=True)
 
 
 def _autoencoder(calibrate: int) -> Network:

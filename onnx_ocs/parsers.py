@@ -140,16 +140,17 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--clip",
         metavar="M",
         help=(
-            f"threshold of the weights: {', '.join(clip_names())}, or auto: with --round hessian or assumed the "
-            f"least error of the output, else none ({DEFAULTS.clip})"
+            f"threshold of the weights: {', '.join(clip_names())}, or auto: with --round hessian, synthetic or assumed "
+            f"the least error of the output, else none ({DEFAULTS.clip})"
         ).replace("%", "%%"),
     )
     parser.add_argument(
         "--round",
         choices=CHOICES["round"],
         help="nearest; compensated: error sums of kernels and outputs vanish; hessian: the least error of the output "
-        "on the samples; assumed: the same on data as it mostly is; auto: hessian with --calibrate, else assumed with "
-        f"5 bits or fewer, and compensated, which is faster, with more ({DEFAULTS.round})",
+        "on the samples; synthetic: on made-up ones; assumed: on data as it mostly is; auto: hessian with --calibrate, "
+        "else one of the two before for few bits or a small model, and compensated, which is fastest, for others "
+        f"({DEFAULTS.round})",
     )
     parser.add_argument(
         "--bias-correction",
