@@ -145,7 +145,7 @@ def resolve(
 ) -> Recipe:
     """The recipe of some explicit options; ``per_tensor``, ``no_verify`` and the like are understood as on the command
     line. With calibration activations have 8 bits, and with samples weights are rounded by ``hessian``, if nothing else
-    is said.
+    is said; ``sampled`` is None where there may be some.
 
     Raises:
         ValueError: an option is unknown or out of its range.
@@ -161,7 +161,6 @@ def resolve(
     stored = stored_recipe(Path(recipe)) if isinstance(recipe, str | Path) else recipe
     if stored is not None and isinstance(stored.get("recipe"), dict):
         stored = stored["recipe"]
-    sampled = calibrated if sampled is None else sampled
     made_up = {**(stored or {}), **given}.get("synthetic") is not None
     calibrated = calibrated or made_up
     if calibrated and (stored or {}).get("act_bits") is None:
@@ -172,7 +171,7 @@ def resolve(
         naive = decided.get("split") == "naive"
         given["round"] = "nearest" if naive else "hessian" if sampled and quantized else "auto"
     made = Recipe.of(given, preset, stored)
-    if made.needs_moments and not sampled and not made_up:
+    if made.needs_moments and sampled is False and not made_up:
         raise ValueError("round hessian needs samples (--calibrate); --round compensated does without")
     if made.calibrates and not calibrated:
         raise ValueError("act-bits needs samples: give --calibrate or --stats, or scale by batch (--act-split dynamic)")

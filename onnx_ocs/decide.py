@@ -1,5 +1,7 @@
 """What is done with each layer: raise the opset, fold, calibrate, and let the deciding passes run in their order."""
 
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,7 @@ from numpy.typing import NDArray
 
 from onnx_ocs import calibrate, moments
 from onnx_ocs.errors import OcsError
-from onnx_ocs.graph.contraction import contraction
+from onnx_ocs.graph.contraction import Contraction, contraction
 from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.layers import Declined, Layer, find_layers
 from onnx_ocs.graph.model import Model
@@ -34,9 +36,11 @@ from onnx_ocs.passes.write_plainly import WritePlainly
 from onnx_ocs.plans import LayerPlan
 from onnx_ocs.recipe import Recipe
 from onnx_ocs.run import Run
-from onnx_ocs.synthetic import COUNT, picture_axis
+from onnx_ocs.synthetic import COUNT, PICTURES, picture_axis
 
-MADE_UP = "weights were rounded by {} synthetic samples; real ones (--calibrate) do better"
+MADE_UP = "weights were rounded by synthetic samples; real ones (--calibrate) do better"
+
+OTHERWISE = "--round assumed does without it"
 
 NOT_EVEN = "no ranges could be evened out across layers (--equalize)"
 
@@ -70,11 +74,9 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
     work.predicted, work.is_real = foreseen, not run.calibration.synthetic
     work.statistics = _statistics(run, model, work) if run.observes else {}
     work.stored = _moments(run, model, work) if run.gathers else {}
-    inputs = work.editor.scopes[0].graph.inputs
-    pictures = any(picture_axis(work.editor.shapes.get(tensor.name) or ()) is not None for tensor in inputs)
-    rounding = ChooseRounding(recipe.round, recipe.bias_correction, recipe.bits, pictures)
+    rounding = rounding_of(recipe, work.editor)
     work.synthetic = _synthetic_moments(run, model, work, rounding)
-    work.share = SHARE if pictures else SHARE_OF_NOISE
+    work.share = SHARE if rounding.pictures else SHARE_OF_NOISE
     if missing := sum(tensor.observed.key not in work.statistics for tensor in work.tensors):
         run.notes.append(
             f"the statistics do not cover {missing} tensors that target {recipe.target} quantizes, so that the layers "
@@ -118,6 +120,14 @@ def _steps(recipe: Recipe, grid: ChooseGrid, rounding: ChooseRounding, placed: b
         ),
         *([ChooseSteps(recipe.clip, recipe.safe, recipe.split == "qa")] if weights else []),
     ]
+
+
+def rounding_of(recipe: Recipe, editor: Editor) -> ChooseRounding:
+    """How weights are rounded; those that stay float are not, and have the threshold of the nearest integers."""
+    inputs = [(tensor.dtype, editor.shapes.get(tensor.name)) for tensor in editor.scopes[0].graph.inputs]
+    pictures = any(kind in PICTURES and picture_axis(shape or ()) is not None for kind, shape in inputs)
+    name = "nearest" if recipe.float else recipe.round
+    return ChooseRounding(name, recipe.bias_correction, recipe.bits, pictures)
 
 
 def _rates(recipe: Recipe) -> Rates:
@@ -200,20 +210,35 @@ def _synthetic_moments(run: Run, model: Model, work: Work, rounding: ChooseRound
         return {}
     asked = zip(work.plans, rounding.asked(work.plans), strict=True)
     found = [plan.contraction for plan, name in asked if name == "synthetic" and not plan.declined]
-    wanted = {layer.key: layer for layer in found if layer is not None}
-    if missing := [layer for key, layer in wanted.items() if key not in known.synthetic]:
-        folder = known.folder / f"synthetic.{len(known.synthetic)}"
-        folder.mkdir()
+    wanted = {layer.key: layer for layer in found if layer is not None and layer.inputs <= moments.LARGEST}
+    missing = [layer for key, layer in wanted.items() if key not in known.synthetic]
+    if missing and known.unmade is None:
         try:
             with run.timed("calibrate"):
-                samples, batch, timeout = run.made_up(), recipe.batch, run.timeout
-                known.synthetic |= moments.gather(model, missing, samples, folder, batch=batch, timeout=timeout)
+                known.synthetic |= _gathered(run, model, missing)
         except OcsError as error:
-            run.notes.append(f"no samples could be made up to round weights by; their data is assumed ({error})")
-            return {}
+            known.unmade = str(error).replace(str(known.folder), "made-up samples")
+    if missing and known.unmade is not None:
+        run.notes.append(
+            f"no samples could be made up to round weights by, so that they are rounded without: {known.unmade}"
+        )
+        return {}
     if wanted:
-        run.notes.append(MADE_UP.format(recipe.synthetic or COUNT))
-    return {key: known.synthetic[key] for key in wanted if key in known.synthetic}
+        run.notes.append(MADE_UP)
+    return {key: known.synthetic[key] for key in wanted}
+
+
+def _gathered(run: Run, model: Model, layers: Sequence[Contraction]) -> dict[str, moments.Stored]:
+    """Convolutions see many positions of each sample; layers that see one take more samples, where these are small."""
+    samples = run.made_up()
+    made: dict[str, moments.Stored] = {}
+    for limit in (COUNT, None):
+        some = [layer for layer in layers if (layer.window is not None) == (limit is not None)]
+        folder = Path(tempfile.mkdtemp(dir=run.known.folder))
+        made |= moments.gather(
+            model, some, samples, folder, limit, run.recipe.batch, timeout=run.timeout, without=OTHERWISE
+        )
+    return made
 
 
 def _fold(run: Run, model: Model, work: Work) -> int:

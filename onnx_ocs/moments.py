@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper
 
@@ -56,6 +57,7 @@ def gather(
     batch: int = BATCH,
     second: bool = True,
     timeout: float = child.TIMEOUT,
+    without: str = "--round compensated does without it",
 ) -> dict[str, "Stored"]:
     """The moments of the data of ``layers`` over ``samples``, by :attr:`Contraction.key`; they stay on disk.
 
@@ -63,6 +65,7 @@ def gather(
 
     Args:
         second: or only the first moments.
+        without: what to do where it crashes.
 
     Raises:
         BadSamples: they do not fit the model, or lead to values that are not finite.
@@ -76,7 +79,7 @@ def gather(
         _exposing(model, part).save(path)
         asked = [asdict(layer) for layer in part]
         request = Request(str(path), model.name, asked, str(samples), str(folder), first, second, limit, batch)
-        child.call("onnx_ocs.moments", asdict(request), timeout)
+        child.call("onnx_ocs.moments", asdict(request), timeout, without)
         path.unlink()
         first += len(part)
     return {layer.key: Stored(folder, number) for number, layer in enumerate(wanted)}
@@ -132,6 +135,7 @@ def _exposed(name: str) -> str:
 def observe(request: Request, say: child.Report) -> dict[str, Any]:
     """Run all samples, fold each batch in, and write the moments; this is what the child does."""
     say(f"loading {request.name} for second moments")
+    ort.set_seed(0)  # of nodes that are random
     layers = [Contraction(**layer) for layer in request.layers]
     try:
         session = Session(Path(request.model))

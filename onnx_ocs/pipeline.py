@@ -11,7 +11,7 @@ import onnx
 
 from onnx_ocs import calibrate, verify
 from onnx_ocs._version import __version__
-from onnx_ocs.decide import decide
+from onnx_ocs.decide import decide, rounding_of
 from onnx_ocs.errors import BadSamples, RuntimeFailed, UnsupportedModel, VerificationFailed
 from onnx_ocs.graph import files
 from onnx_ocs.graph.editor import Editor
@@ -324,7 +324,9 @@ def survey(source: Source, recipe: Recipe) -> list[dict[str, Any]]:
     run = Run(weights_only, source, None, Path(), None, Calibration(), 0.0, lambda stage: None, False, known)
     work, declined = decide(run, model)
     rows = layer_rows(work.plans, declined, True)
-    for row, plan in zip(rows, work.plans, strict=False):
+    asked = rounding_of(recipe, work.editor).asked(work.plans)
+    for row, plan, rounding in zip(rows, work.plans, asked, strict=False):
+        row["round"] = rounding
         if not plan.declined:
             row["outlier"], row["range"] = range_of(work.values(plan), plan.splits, plan.axes)
     return rows

@@ -15,7 +15,7 @@ from onnx_ocs.graph.model import Model
 from onnx_ocs.graph.samples import Samples
 from onnx_ocs.moments import Stored
 from onnx_ocs.recipe import Recipe
-from onnx_ocs.synthetic import COUNT, make_samples
+from onnx_ocs.synthetic import make_samples
 
 Source = str | Path | onnx.ModelProto
 Progress = Callable[[str], None]
@@ -30,8 +30,8 @@ def on_disk(source: Source, model: Model, path: Path) -> Path:
     return path
 
 
-def made_up(source: Source, folder: Path, here: Path, count: int, seed: int, timeout: float) -> Path:
-    """``here``, with ``count`` samples for ``source``; ``folder``: for files on the way.
+def made_up(source: Source, folder: Path, here: Path, count: int | None, seed: int, timeout: float) -> Path:
+    """``here``, with ``count`` samples for ``source``, or as many as to round by; ``folder``: for files on the way.
 
     Raises:
         BadSamples: the model runs on none that could be thought of.
@@ -65,6 +65,7 @@ class Known:
     seen: calibrate.Seen | None = None
     moments: dict[str, Stored] | None = None
     made: Path | None = None  # samples that are made up, to round weights by
+    unmade: str | None = None  # why there are none
     synthetic: dict[str, Stored] = field(default_factory=dict)  # moments of these
 
 
@@ -115,7 +116,7 @@ class Run:
             return samples
         if self.known.made is None:
             here = self.known.folder / "made"
-            self.known.made = made_up(self.source, self.folder, here, COUNT, self.recipe.seed, self.timeout)
+            self.known.made = made_up(self.source, self.folder, here, None, self.recipe.seed, self.timeout)
         return self.known.made
 
     def mark(self, model: Model) -> str:

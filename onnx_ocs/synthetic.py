@@ -15,9 +15,18 @@ from onnx_ocs.numerics.natural import natural_images
 from onnx_ocs.verify import working_guess
 
 COUNT = 32
-"""Samples that weights are rounded by where nothing else is said; on four networks 64 are no better."""
+"""Samples that convolutions are rounded by, and the least that are made where no number is given."""
 
-COLOURS = (1, 3, 4)
+MOST = 512
+"""Samples that are made then at most, for layers that see one position of each."""
+
+VALUES = 2**22
+"""Of all samples that are made then, as far as these bounds allow: 512 of 32 x 32 pixels, 32 of 224 x 224."""
+
+PICTURES = (np.float32, np.float16, np.float64)
+"""Types that pictures have."""
+
+COLOURS = (1, 3)
 """Channels of what is taken for an image."""
 
 SMALLEST = 8
@@ -34,15 +43,21 @@ class Request:
     model: str  # path
     name: str  # of the user's model, for messages
     folder: str  # of the samples
-    count: int
+    count: int | None
     seed: int
     bounds: dict[str, int]  # of integers that index a table
 
 
 def make_samples(
-    model: Path, name: str, folder: Path, count: int, seed: int, bounds: dict[str, int], timeout: float = child.TIMEOUT
+    model: Path,
+    name: str,
+    folder: Path,
+    count: int | None,
+    seed: int,
+    bounds: dict[str, int],
+    timeout: float = child.TIMEOUT,
 ) -> Path:
-    """A new folder with ``count`` samples that the model runs on.
+    """A new folder with ``count`` samples that the model runs on; None: as many as to round weights by.
 
     Raises:
         BadSamples: it runs on none that could be thought of.
@@ -50,14 +65,14 @@ def make_samples(
     """
     folder.mkdir()
     request = Request(str(model), name, str(folder), count, seed, bounds)
-    child.call("onnx_ocs.synthetic", asdict(request), timeout)
+    child.call("onnx_ocs.synthetic", asdict(request), timeout, "samples of your own (--calibrate) do without it")
     return folder
 
 
 def picture_axis(shape: Sequence[int | None]) -> int | None:
     """The axis of the colours, 1 or 3, of an input that looks like pictures; None for others.
 
-    They have colours, or sides that are not too unlike; sizes that are free, None, may be any.
+    They have three colours, with sides that may be free, None; or one, and sides that are known and not too unlike.
     """
     for axis in (1, 3) if len(shape) == 4 else ():
         colours, sides = shape[axis], [size for place, size in enumerate(shape) if place not in (0, axis)]
@@ -81,8 +96,10 @@ def make(request: Request, say: child.Report) -> dict[str, Any]:
             "(--calibrate)"
         )
     rng = np.random.default_rng(request.seed)
+    size = sum(values.size for values in _feed(session.inputs, guess, request, np.random.default_rng(0)).values())
+    count = request.count or min(max(VALUES // max(size, 1), COUNT), MOST)
     made = 0
-    while made < request.count:
+    while made < count:
         feed = _feed(session.inputs, guess, request, rng)
         np.savez(Path(request.folder, f"{made:08}.npz"), **feed)  # type: ignore[arg-type]
         made += max(1, min((len(values) for values in feed.values() if values.ndim), default=1))
@@ -91,9 +108,9 @@ def make(request: Request, say: child.Report) -> dict[str, Any]:
 
 def _feed(inputs: list[Input], guess: Guess, request: Request, rng: np.random.Generator) -> Feed:
     feed = generate(inputs, guess, request.bounds, rng)
-    for name, values in feed.items():
-        axis = picture_axis(values.shape)
-        if values.dtype.kind == "f" and axis is not None and not guess.positive:
+    for name, shape in ((source.name, source.shape) for source in inputs):
+        values, axis = feed[name], picture_axis([size if isinstance(size, int) else None for size in shape])
+        if values.dtype in PICTURES and axis is not None and not guess.positive:
             count, channels, *sides = np.moveaxis(values, axis, 1).shape
             images = natural_images(count, channels, (sides[0], sides[1]), rng)
             feed[name] = np.moveaxis(images, 1, axis).astype(values.dtype)

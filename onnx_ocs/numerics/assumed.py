@@ -117,8 +117,8 @@ def tempered(moments: Moments, known: Inputs | None, kernel: Sequence[int], assu
     if known is None:
         likely = _alike(mean, variance, positions)
     else:
-        least = np.finfo(np.float64).tiny + 1e-6 * variance.mean(axis=1, keepdims=True)
-        gain = np.sqrt(known.variance / np.maximum(variance, least))
+        alive = variance > 1e-6 * variance.mean(axis=1, keepdims=True)
+        gain = np.sqrt(np.divide(known.variance, variance, out=np.zeros_like(variance), where=alive))
         blended *= gain[:, :, None] * gain[:, None, :]
         likely, mean = known, known.mean
     blended *= 1 - assumed
@@ -129,7 +129,7 @@ def tempered(moments: Moments, known: Inputs | None, kernel: Sequence[int], assu
     channel = np.arange(deviation.shape[1])
     for part, blocks in zip(blended, local, strict=True):
         part.reshape(len(channel), positions, len(channel), positions)[channel, :, channel] += assumed * blocks
-    return Moments(mean, blended)
+    return Moments((1 - assumed) * mean + assumed * likely.mean, blended)
 
 
 def _alike(mean: NDArray[np.float64], variance: NDArray[np.float64], positions: int) -> Inputs:

@@ -12,13 +12,11 @@ from onnx_ocs.numerics.rounding import ROUNDINGS, SWEEPS, Rows, SecondMoments
 from onnx_ocs.numerics.split import SplitPlan, along, deal, expand, recombine
 from onnx_ocs.numerics.weights import Axes, by_group, by_output, grouped, shaped_step, ungrouped
 
-FRACTIONS = {
-    "hessian": (1.0, 0.9, 0.8, 0.7, 0.6),
-    "synthetic": (1.0, 0.9, 0.8, 0.7, 0.6),
-    "assumed": (1.0, 0.9, 0.8),
-}
-"""Of the largest share, that are tried as the threshold with the least error of the output; not as small where the data
-is assumed, of which the largest weights may meet more than that."""
+FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6)
+"""Of the largest share, that are tried as the threshold with the least error of the output."""
+
+LEAST_ASSUMED = 0.8
+"""Of these, where the data is assumed: the largest weights may meet more than that."""
 
 NARROWER = (0.05, 0.025)
 """How far on either side of the best so far it is looked for next."""
@@ -116,8 +114,9 @@ def least_error_threshold(
         best = np.where(cost < least, fractions, best)
         least = np.minimum(least, cost)
 
-    for fraction in FRACTIONS[task.rounding]:
-        attempt(np.full(threshold.shape, fraction))
+    for fraction in FRACTIONS:
+        if task.rounding != "assumed" or fraction >= LEAST_ASSUMED:
+            attempt(np.full(threshold.shape, fraction))
     for distance in NARROWER:
         middle = best
         for side in (-distance, distance):

@@ -19,6 +19,9 @@ SMALL = 2e9
 LARGE = 2e11
 """Products beyond which it is never by made-up samples: four times those of ResNet-50, which takes minutes."""
 
+DENSE = {"Gemm", "MatMul"}
+"""Layers of whose data nothing can be assumed."""
+
 
 @dataclass(frozen=True)
 class ChooseRounding:
@@ -53,7 +56,7 @@ class ChooseRounding:
         if rounding != "auto":
             return rounding
         narrow = products <= LARGE and self._is_narrow(plan)
-        if (self.pictures and (narrow or products <= SMALL)) or (narrow and not plan.kernel):
+        if (self.pictures and (narrow or products <= SMALL)) or (narrow and plan.layer.node.op in DENSE):
             return "synthetic"
         return self._without_samples(plan, products)
 
@@ -77,7 +80,10 @@ class ChooseRounding:
 
 def _products(plans: Sequence[LayerPlan]) -> float:
     """Of rounding all weights once by second moments; each changes the error that all others of its output meet."""
-    worked = [plan for plan in plans if not plan.declined and plan.contraction is not None]
-    return float(
-        sum(math.prod(plan.layer.weight.shape) * plan.contraction.inputs for plan in worked if plan.contraction)
-    )
+    made = 0
+    for plan in plans:
+        shape, output = plan.layer.weight.shape, plan.layer.output_axis
+        if not plan.declined:
+            inputs = math.prod(shape) // (1 if output is None else shape[output])
+            made += math.prod(shape) * (inputs if plan.contraction is None else plan.contraction.inputs)
+    return float(made)

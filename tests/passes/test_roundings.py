@@ -7,10 +7,11 @@ import onnxruntime as ort
 import pytest
 from operators import ROWS, row_model, with_weights
 
-from onnx_ocs import quantize, run
-from onnx_ocs.errors import BadSamples
+from onnx_ocs import inspect, moments, quantize, run, split
+from onnx_ocs.errors import BadSamples, VerificationFailed
 from onnx_ocs.numerics.rounding import ROUNDINGS
 from onnx_ocs.passes import choose_rounding
+from onnx_ocs.search import Goal
 
 MIXED = {"If body", "Scan body", "function"}
 """Rows whose inputs have different lengths, so that the samples of one array each do not fit them."""
@@ -180,9 +181,6 @@ def test_a_very_large_model_is_rounded_by_samples_only_if_that_is_said(monkeypat
 
 @pytest.mark.parametrize("options", [{}, {"round": "synthetic"}])
 def test_a_model_that_runs_on_no_made_up_sample_has_its_data_assumed(options, monkeypatch):
-    def refuse(*given):
-        raise BadSamples("it runs on none")
-
     monkeypatch.setattr(run, "make_samples", refuse)
     report = quantize(row_model("Gemm"), bits=4, **options).report
     (row,) = report["layers"]
@@ -194,6 +192,81 @@ def test_made_up_samples_are_the_same_each_time():
     first, again, other = (quantize(convolution("N,3,16,16"), bits=4, seed=seed).model for seed in (0, 0, 1))
     assert first == again
     assert first.graph.initializer != other.graph.initializer
+
+
+def refuse(*given):
+    raise BadSamples("it runs on none")
+
+
+def test_samples_that_cannot_be_made_are_tried_once_in_a_search(monkeypatch):
+    tried = []
+    monkeypatch.setattr(run, "make_samples", lambda *given: tried.append(1) or refuse())
+    goal = Goal(sqnr=100.0, budget=4, bits=(4,))
+    with pytest.raises(VerificationFailed, match="not reached in 4 trials"):
+        quantize(row_model("Gemm"), goal=goal)
+    assert len(tried) == 1
+
+
+def test_int8_is_tried_where_int4_does_not_pass_and_samples_cannot_be_made(monkeypatch):
+    monkeypatch.setattr(run, "make_samples", refuse)
+    model = row_model("Gemm")
+    assert model.opset_import[0].version < 21  # which is raised for INT4
+    with pytest.raises(VerificationFailed, match="does not pass"):
+        quantize(model, bits=4, min_sqnr=60)
+
+
+def test_a_layer_with_too_many_inputs_is_rounded_without_samples_beside_others_in_a_search(monkeypatch):
+    monkeypatch.setattr(moments, "LARGEST", 7)
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    g (float[N,6] x, float[6,8] w, float[8,5] w2) => (float[N,5] y) { h = Gemm(x, w) r = Relu(h) y = Gemm(r, w2) }"""
+    model = with_weights(onnx.parser.parse_model(text))
+    report = quantize(model, goal=Goal(sqnr=5.0, budget=3, bits=(4,))).report
+    assert [row["round"] for row in report["layers"]] == ["synthetic", "assumed"]
+    recipe = {**report["recipe"]}
+    assert quantize(model, recipe=recipe).model == quantize(model, recipe=recipe).model
+
+
+def test_a_model_with_a_random_node_is_rounded_the_same_each_time():
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (float[N,8] x, float[8,6] w) => (float[N,6] y) {
+        r = RandomNormalLike(x) s = Add(x, r) y = MatMul(s, w) }"""
+    model = with_weights(onnx.parser.parse_model(text))
+    first, again = (quantize(model, bits=4) for _ in range(2))
+    assert first.model == again.model
+    assert [row["round"] for row in first.report["layers"]] == ["synthetic"]
+
+
+def test_weights_that_stay_float_need_no_samples(monkeypatch):
+    monkeypatch.setattr(run, "make_samples", refuse)
+    model = convolution("N,3,16,16")
+    (row, _) = split(model, bits=4, ratio=0, first="same").report["layers"]
+    peak = np.abs(onnx.numpy_helper.to_array(model.graph.initializer[0])).max(axis=(1, 2, 3))
+    np.testing.assert_allclose(row["threshold"], peak, rtol=1e-6)
+    assert row["round_reason"] is None
+    assert [row["round"] for row in inspect(model, bits=4)] == ["synthetic", "synthetic"]
+
+
+def test_pixels_that_are_integers_are_no_pictures():
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    g (uint8[N,3,16,16] x, float[8,3,3,3] w) => (float[N,8,H,W] y) { f = Cast<to = 1>(x) y = Conv(f, w) }"""
+    (row,) = quantize(with_weights(onnx.parser.parse_model(text)), bits=4, first="same").report["layers"]
+    assert row["round"] == "assumed"
+
+
+def test_a_transposed_convolution_is_no_dense_layer():
+    (row,) = quantize(row_model("ConvTranspose"), bits=4, verify=False).report["layers"]
+    assert row["round"] == "assumed"
+
+
+def test_made_up_samples_go_with_statistics_and_beside_real_samples(tmp_path):
+    model, stats = with_weights(onnx.parser.parse_model(TWO)), tmp_path / "s.npz"
+    quantize(model, calibrate=SAMPLES, save_stats=stats)
+    for options in ({"stats": stats}, {"stats": stats, "act_bits": "none"}):
+        rows = quantize(model, bits=4, **options).report["layers"]
+        assert [(row["round"], row["bias_corrected"]) for row in rows] == [("synthetic", True)] * 2
+    for act_bits in (8, "none"):
+        report = quantize(model, bits=4, calibrate=SAMPLES, round="synthetic", act_bits=act_bits).report
+        assert {row["round"] for row in report["layers"]} == {"synthetic"}
+        assert report["verification"]["quantized"]["sqnr_db"] > 10
 
 
 @pytest.mark.parametrize("options", [{}, {"stats": "s.npz"}])
