@@ -28,7 +28,7 @@ import logging
 import platform
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,11 @@ def gain(figures: Mapping[tuple[str, int], list[Figures]], known: str, bits: int
     return f"{agreement:+.2f} / {divergence:+.2f}"
 
 
+def head(name: str, columns: Sequence[int]) -> None:
+    row(name, [f"{bits} bits" for bits in columns])
+    print("|---" * (len(columns) + 1) + "|")
+
+
 def row(name: str, cells: Iterable[str]) -> None:
     print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
@@ -179,8 +184,7 @@ def main() -> int:
         reference = outputs(network.model, network.images)
         for data, recipes in ((False, RECIPES), (True, WITH_DATA)):
             print(f"\n{network.name}, {'activations of 8 bits' if data else 'float activations'}:\n")
-            row("top-1 / agreement / divergence", [f"{bits} bits" for bits in arguments.bits])
-            print("|---" * (len(arguments.bits) + 1) + "|")
+            head("top-1 / agreement / divergence", arguments.bits)
             row("float model", [figures(network, reference, reference)] * len(arguments.bits))
             found: dict[tuple[str, int], Scores] = {}
             for name, options in recipes.items():
@@ -195,8 +199,7 @@ def main() -> int:
                 for (name, bits), ours in found.items():
                     defaults[name, bits].append(compare(reference, ours, network.labels))
     print()
-    row("ratio 0.05 less 0, agreement / divergence", [f"{bits} bits" for bits in arguments.bits])
-    print("|---" * (len(arguments.bits) + 1) + "|")
+    head("ratio 0.05 less 0, agreement / divergence", arguments.bits)
     for known in ("no data", "samples"):
         row(known, [gain(defaults, known, bits) for bits in arguments.bits])
     print()

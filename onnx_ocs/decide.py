@@ -230,10 +230,11 @@ def _synthetic_moments(run: Run, model: Model, work: Work, rounding: ChooseRound
 
 def _gathered(run: Run, model: Model, layers: Sequence[Contraction]) -> dict[str, moments.Stored]:
     """Convolutions see many positions of each sample; layers that see one take more samples, where these are small."""
-    samples = run.made_up()
+    dense = [layer for layer in layers if layer.window is None]
+    convolutions = [layer for layer in layers if layer.window is not None]
+    samples = run.samples_made_up(None if dense else COUNT)
     made: dict[str, moments.Stored] = {}
-    for limit in (COUNT, None):
-        some = [layer for layer in layers if (layer.window is not None) == (limit is not None)]
+    for some, limit in ((convolutions, COUNT), (dense, None)):
         folder = Path(tempfile.mkdtemp(dir=run.known.folder))
         made |= moments.gather(
             model, some, samples, folder, limit, run.recipe.batch, timeout=run.timeout, without=OTHERWISE

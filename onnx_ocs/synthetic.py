@@ -95,10 +95,10 @@ def make(request: Request, say: child.Report) -> dict[str, Any]:
             f"{request.name}: no synthetic samples were found that it runs on with finite outputs; give real ones "
             "(--calibrate)"
         )
-    rng = np.random.default_rng(request.seed)
-    size = sum(values.size for values in _feed(session.inputs, guess, request, np.random.default_rng(0)).values())
+    one = generate(session.inputs, guess, request.bounds, np.random.default_rng(request.seed))
+    size = sum(values.size for values in one.values())
     count = request.count or min(max(VALUES // max(size, 1), COUNT), MOST)
-    made = 0
+    rng, made = np.random.default_rng(request.seed), 0
     while made < count:
         feed = _feed(session.inputs, guess, request, rng)
         np.savez(Path(request.folder, f"{made:08}.npz"), **feed)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from onnx_ocs.numerics.moments import Moments
 from onnx_ocs.numerics.planning import Inputs
-from onnx_ocs.numerics.rounding import DAMPING, Integers, Rows, rounding
+from onnx_ocs.numerics.rounding import DAMPING, Integers, Rows, nearest_within, rounding
 
 CORRELATION = 0.6
 """Of neighbouring positions along each axis; of 0.3 to 0.9 it is the best on the networks of benchmarks/accuracy.py."""
@@ -171,7 +171,7 @@ def by_assumed_moments(rows: Rows) -> Integers:
             wanted = values[channel, k] + goal[k]
             if k:
                 wanted -= ((upper[:k, k] / upper[k, k])[..., None] * (here[:k] - goal[:k])).sum(axis=0)
-            made[channel, k] = np.clip(np.floor(wanted / step[channel, k] + 0.5), -limit, limit)
+            made[channel, k] = nearest_within(wanted / step[channel, k], limit)
             here[k] = made[channel, k] * step[channel, k] - values[channel, k]
         common += (shared[channel] * here).sum(axis=0)
     for _ in range(rows.sweeps):

@@ -228,7 +228,7 @@ def error_propagating(rows: Rows) -> Integers:
         owed = upper[:, :start, start:end].swapaxes(1, 2) @ error[:, :start]
         for j in range(start, end):
             wanted = (values[:, j] - owed[:, j - start] / corner[:, j]) / step[:, j]
-            made[:, j] = _nearest_within(wanted, limit[:, j])
+            made[:, j] = nearest_within(wanted, limit[:, j])
             error[:, j] = made[:, j] * step[:, j] - values[:, j]
             owed[:, j - start + 1 :] += upper[:, j, j + 1 : end, None] * error[:, None, j]
     for _ in range(rows.sweeps):
@@ -252,7 +252,7 @@ def _descend(
         before = error[:, start:end].copy()
         for j in range(start, end):
             wanted = made[:, j] - slope[:, j] / (own[:, j] * step[:, j])
-            moved = _nearest_within(wanted, limit[:, j]) - made[:, j]
+            moved = nearest_within(wanted, limit[:, j]) - made[:, j]
             if moved.any():
                 change = moved * step[:, j]
                 made[:, j] += moved
@@ -261,7 +261,7 @@ def _descend(
         slope[:, end:] += moments[:, end:, start:end] @ (error[:, start:end] - before)
 
 
-def _nearest_within(wanted: NDArray[np.float64], limit: NDArray[np.float64]) -> NDArray[np.float64]:
+def nearest_within(wanted: NDArray[np.float64], limit: NDArray[Any]) -> NDArray[np.float64]:
     """The nearest integers of magnitude ``limit`` at most; ``wanted`` is overwritten."""
     wanted += 0.5
     np.floor(wanted, out=wanted)

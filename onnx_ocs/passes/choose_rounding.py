@@ -28,7 +28,7 @@ class ChooseRounding:
     """The rounding that was asked for; where it needs the data of the layer and there is none, one that does not.
 
     ``auto`` is of those one without samples. Where bits are few, or the model is small: ``synthetic`` if the model
-    takes pictures, which can be made up, or if the layer is a dense one, of whose data nothing can be assumed; else
+    takes pictures, which can be made up, or with few bits for dense layers, of whose data nothing can be assumed; else
     ``assumed``, which knows feature maps. Elsewhere ``compensated``, which takes least time.
     """
 
@@ -40,11 +40,8 @@ class ChooseRounding:
     pictures: bool = False  # the model takes some
 
     def apply(self, work: Work) -> list[LayerPlan]:
-        asked = self.asked(work.plans)
-        return [
-            plan if plan.declined else self._visit(work, plan, name)
-            for plan, name in zip(work.plans, asked, strict=True)
-        ]
+        products = _products(work.plans)
+        return [plan if plan.declined else self._visit(work, plan, products) for plan in work.plans]
 
     def asked(self, plans: Sequence[LayerPlan]) -> list[str]:
         """What each layer is rounded by where all is known that this needs."""
@@ -66,12 +63,12 @@ class ChooseRounding:
     def _is_narrow(self, plan: LayerPlan) -> bool:
         return any(bits is not None and bits <= NARROW for bits in (self.bits, plan.given.get("bits")))
 
-    def _visit(self, work: Work, plan: LayerPlan, rounding: str) -> LayerPlan:
-        reason = None
+    def _visit(self, work: Work, plan: LayerPlan, products: float) -> LayerPlan:
+        rounding, reason = self._asked(plan, products), None
         if rounding in ("hessian", "synthetic"):
             moments = work.moments(plan, rounding == "synthetic")
             if moments is None or moments.second is None:
-                rounding, reason = self._without_samples(plan, _products(work.plans)), "nothing is known of its data"
+                rounding, reason = self._without_samples(plan, products), "nothing is known of its data"
         if rounding == "assumed" and not fits(plan.expanded, plan.kernel):
             rounding, reason = "compensated", "its kernels are too large for matrices of their positions"
         corrected = self.correct and work.mean(plan) is not None and bias_of(work.editor, plan.layer) is not None
