@@ -2,8 +2,8 @@
 
 Sources: "parser" is onnx-tensorrt (onnxOpImporters.cpp, QuantDequantLinearHelper; docs/operators.md), "guide" NVIDIA's
 developer guide ("Working with Quantized Types", "Explicit Quantization") with the placement rules of its TensorFlow
-toolkit, "exporter" what nvidia-modelopt 0.47 leaves float (onnx/quantization/graph_utils.py). Nothing here was run in
-TensorRT. Whether it takes a Clip or a Gather on integers is not documented for its current versions, so no rule says.
+toolkit, "exporter" what nvidia-modelopt 0.47 leaves float (onnx/quantization/graph_utils.py). What TensorRT for RTX
+1.7.1 builds of a model against each rule is in docs/lint.md (benchmarks/tensorrt.py); it takes Clip and Gather on INT8.
 """
 
 from collections.abc import Iterator

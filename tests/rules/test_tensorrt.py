@@ -88,6 +88,36 @@ CLEAN = {
         cs=np.full(16, 0.01, np.float32),
         cz=np.zeros(16, np.int8),
     ),
+    "Gather of INT8": qdq_model(
+        """g (float[1,16,6,6] x) => (float[1,32,4,4] y) {
+        q = QuantizeLinear(x, s, z)
+        g = Gather <axis=1> (q, at)
+        d = DequantizeLinear(g, s, z)
+        wd = DequantizeLinear <axis=0> (k, ws, wz)
+        y = Conv(d, wd, b) }""",
+        at=np.arange(32) // 2,
+        k=SQUARE,
+    ),
+    "Clip of INT8": qdq_model(
+        """g (float[1,16,6,6] x) => (float[1,32,4,4] y) {
+        q = QuantizeLinear(x, s, z)
+        c = Clip(q, least, most)
+        d = DequantizeLinear(c, s, z)
+        wd = DequantizeLinear <axis=0> (w, ws, wz)
+        y = Conv(d, wd, b) }""",
+        least=np.int8(-31),
+        most=np.int8(31),
+    ),
+    "Clip of floats in front of Q": qdq_model(
+        """g (float[1,16,6,6] x) => (float[1,32,4,4] y) {
+        c = Clip(x, least, most)
+        q = QuantizeLinear(c, s, z)
+        d = DequantizeLinear(q, s, z)
+        wd = DequantizeLinear <axis=0> (w, ws, wz)
+        y = Conv(d, wd, b) }""",
+        least=np.float32(-0.62),
+        most=np.float32(0.62),
+    ),
     "nothing quantized": qdq_model("g (float[4,16] x) => (float[4,16] y) { y = Relu(x) }"),
 }
 
