@@ -51,9 +51,10 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "no data, ratio 0.05": [{"ratio": 0.05}],
     "samples, ratio 0": [{"ratio": 0, "calibrate": True}],
     "samples, ratio 0.05": [{"ratio": 0.05, "calibrate": True}],
-    "no data, ratio 0.05, knapsack": [{"ratio": 0.05, "allocate": "knapsack"}],
+    "no data, ratio 0.05, uniform": [{"ratio": 0.05, "allocate": "uniform"}],
     "no data, ratio 0.05, sensitivity": [{"ratio": 0.05, "allocate": "sensitivity"}],
     "no data, ratio 0.05, joint": [{"ratio": 0.05, "plan": "joint"}],
+    "samples, ratio 0.05, uniform": [{"ratio": 0.05, "allocate": "uniform", "calibrate": True}],
     "samples, ratio 0.05, sensitivity": [{"ratio": 0.05, "allocate": "sensitivity", "calibrate": True}],
 }
 """With float activations; of several options the better ones."""

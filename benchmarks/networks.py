@@ -9,6 +9,7 @@ in the layout of ImageNet's validation set (one folder for each class, in the or
 
 import argparse
 import csv
+import math
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,8 +104,9 @@ def compare(reference: NDArray[np.float32], found: NDArray[np.float32], labels: 
     difference = Difference("scores")
     difference.add(reference.reshape(len(reference), -1), found.reshape(len(found), -1))
     summary = difference.summary()
-    top1 = np.mean(found.reshape(len(found), -1)[: len(labels)].argmax(axis=1) == labels)
-    return Figures(100 * float(top1), 100 * summary["top1_agreement"], 1000 * summary["kl_divergence"])
+    right = found.reshape(len(found), -1)[: len(labels)].argmax(axis=1) == labels
+    top1 = float(right.mean()) if len(labels) else math.nan
+    return Figures(100 * top1, 100 * summary["top1_agreement"], 1000 * summary["kl_divergence"])
 
 
 def paper(name: str) -> list[dict[str, str]]:

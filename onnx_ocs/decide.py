@@ -116,7 +116,7 @@ def _steps(recipe: Recipe, grid: ChooseGrid, rounding: ChooseRounding, placed: b
             shared=recipe.target != "generic" or recipe.folds != "never",
             whole_blocks=recipe.rules.whole_blocks,
             objective=recipe.objective if recipe.plan == "joint" else None,
-            allocation=recipe.allocate,
+            allocation=recipe.allocation,
         ),
         *([ChooseSteps(recipe.clip, recipe.safe, recipe.split == "qa")] if weights else []),
     ]

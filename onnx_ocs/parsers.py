@@ -201,7 +201,8 @@ def _add_splitting(parser: argparse.ArgumentParser) -> None:
         "--allocate",
         choices=CHOICES["allocate"],
         help="uniform: the same ratio for each layer; knapsack, sensitivity: as many bytes where they lower the range, "
-        f"or the error of the outputs, most ({DEFAULTS.allocate})",
+        "or the error of the outputs, most; auto: so half of the copies of convolutions of 5 bits or fewer "
+        f"({DEFAULTS.allocate})",
     )
     parser.add_argument(
         "--layer",

@@ -78,7 +78,7 @@ class Recipe:
     split_policy: str = "even"
     plan: str = "magnitude"
     objective: str = "output"
-    allocate: str = "uniform"
+    allocate: str = "auto"
     layer: tuple[str, ...] = ()
     float: bool = False
     act_bits: int | None = None
@@ -234,6 +234,11 @@ class Recipe:
     def spares(self) -> bool:
         """Whether layers whose copies cost most get none."""
         return not isinstance(self.align, int) and self.on_integers and bool(self.multiples)
+
+    @property
+    def allocation(self) -> str:
+        """Which layers get copies; where the time that these take is bounded, each the share it was reckoned with."""
+        return "uniform" if self.allocate == "auto" and self.spares else self.allocate
 
     @property
     def on_integers(self) -> bool:

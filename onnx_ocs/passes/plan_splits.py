@@ -27,10 +27,16 @@ from onnx_ocs.numerics.split import (
 )
 from onnx_ocs.numerics.weights import by_output, channel_peaks, group_plans, grouped, no_split, picks_of
 from onnx_ocs.passes.base import Work
+from onnx_ocs.passes.choose_rounding import NARROW
 from onnx_ocs.plans import LayerPlan, Widened, ratio_of, unsplit
 
-ALLOCATIONS = ("uniform", "knapsack", "sensitivity")
-"""Which layers get copies: each the same share, or those where they lower the range or the error of outputs most."""
+ALLOCATIONS = ("auto", "uniform", "knapsack", "sensitivity")
+"""Which layers get copies: each the same share, or those where they lower the range or the error of outputs most.
+
+``auto`` is ``uniform``; of :data:`NARROW` bits or fewer half of the copies of convolutions go by ``sensitivity``.
+"""
+
+CONVOLUTIONS = ("Conv", "ConvTranspose")
 
 MOST = 4
 """Times as many copies as ``uniform`` gives it, that a layer gets at most by another allocation."""
@@ -55,15 +61,14 @@ class PlanSplits:
     shared: bool = False
     whole_blocks: bool = False  # copies are as many as fill whole blocks
     objective: str | None = None  # of planning.OBJECTIVES, for thresholds chosen with the splits; none: by magnitude
-    allocation: str = "uniform"  # of ALLOCATIONS
+    allocation: str = "auto"  # of ALLOCATIONS
 
     def apply(self, work: Work) -> list[LayerPlan]:
         plans = [plan if plan.declined else self._unsplit(work, plan) for plan in work.plans]
         open_ = [place for place, plan in enumerate(plans) if not plan.declined and self._is_open(plan)]
         groups = [[open_[at] for at in group] for group in _groups([plans[place] for place in open_], self.shared)]
         chosen = [_Choice.of([plans[place] for place in places], self.ratio) for places in groups]
-        if self.allocation != "uniform":
-            chosen = self._allocated(work, chosen)
+        chosen = self._allocated(work, chosen)
         for places, choice in zip(groups, chosen, strict=True):
             for place, plan in zip(places, self._visit(work, choice), strict=True):
                 plans[place] = plan
@@ -85,23 +90,29 @@ class PlanSplits:
 
     def _allocated(self, work: Work, chosen: list["_Choice"]) -> list["_Choice"]:
         """As many copies in all as by one ratio for all layers, or nearly, but elsewhere."""
-        if not any(choice.extra for choice in chosen):
-            return chosen
-        curves, costs = [], []
-        for choice in chosen:
-            most = min(choice.channels, MOST * choice.extra)
-            picks = self._picks(work, choice, most)
-            left = np.sum([each.left for each in picks], axis=0) / max(sum(each.left[0] for each in picks), 1e-300)
-            weight = float(len(choice.plans))
-            if self.allocation == "knapsack":
-                left = np.sqrt(left)
-            else:
-                weight = sum(self._noise(work, plan) for plan in choice.plans)
-            curves.append(weight * left)
-            costs.append(choice.bytes)
-        budget = sum(choice.extra * choice.bytes for choice in chosen)
-        extras = allocated(curves, costs, budget)
-        return [replace(choice, extra=extra) for choice, extra in zip(chosen, extras, strict=True)]
+        free = [choice for choice in chosen if choice.extra and self._is_free(choice)]
+        least = [choice.extra // 2 if self.allocation == "auto" else 0 for choice in free]
+        curves = [self._left(work, choice)[some:] for choice, some in zip(free, least, strict=True)]
+        budget = sum((choice.extra - some) * choice.bytes for choice, some in zip(free, least, strict=True))
+        more = allocated(curves, [choice.bytes for choice in free], budget)
+        extras = {id(choice): some + added for choice, some, added in zip(free, least, more, strict=True)}
+        return [replace(choice, extra=extras.get(id(choice), choice.extra)) for choice in chosen]
+
+    def _is_free(self, choice: "_Choice") -> bool:
+        """Whether copies of these layers may go to others, and those of others to them."""
+        if self.allocation == "uniform" or any("ratio" in plan.given for plan in choice.plans):
+            return False
+        narrow = all(plan.layer.node.op in CONVOLUTIONS and (plan.bits or 8) <= NARROW for plan in choice.plans)
+        return narrow or self.allocation != "auto"
+
+    def _left(self, work: Work, choice: "_Choice") -> NDArray[np.float64]:
+        """What 0, 1, 2, ... copies leave of the reward of an allocation."""
+        picks = self._picks(work, choice, min(choice.channels, MOST * choice.extra))
+        left: NDArray[np.float64] = np.sum([each.left for each in picks], axis=0)
+        left /= max(sum(each.left[0] for each in picks), 1e-300)
+        if self.allocation == "knapsack":
+            return len(choice.plans) * np.sqrt(left)
+        return sum(self._noise(work, plan) for plan in choice.plans) * left
 
     def _noise(self, work: Work, plan: LayerPlan) -> float:
         assert plan.bits is not None

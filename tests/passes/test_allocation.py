@@ -7,7 +7,6 @@ import pytest
 from operators import ROWS, feed, row_model
 
 from onnx_ocs import quantize
-from onnx_ocs.passes.plan_splits import ALLOCATIONS
 
 
 def run(model, inputs):
@@ -62,7 +61,7 @@ def two_layers(heavy, rng):
 
 
 @pytest.mark.parametrize("heavy", [0, 1])
-@pytest.mark.parametrize("allocation", ALLOCATIONS[1:])
+@pytest.mark.parametrize("allocation", ["knapsack", "sensitivity"])
 def test_copies_go_to_the_layer_with_outliers_at_the_same_size(heavy, allocation, rng):
     model = two_layers(heavy, rng)
     options = {"bits": 4, "ratio": 0.1, "round": "compensated", "verify": False}
@@ -74,6 +73,47 @@ def test_copies_go_to_the_layer_with_outliers_at_the_same_size(heavy, allocation
     x = {"x": rng.standard_normal((4, 40)).astype(np.float32)}
     quality = [sqnr(run(model, x), run(made[name].model, x)) for name in ("uniform", allocation)]
     assert quality[1] > quality[0]
+
+
+def two_convolutions(heavy, rng):
+    """Two convolutions, of which the first or the second has outliers, and a dense layer."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[4,40,6,6] x, float[40,40,3,3] v, float[40,40,3,3] w, float[40,40] u) => (float[4,40] y) {
+            a = Conv <pads=[1,1,1,1]> (x, v)
+            r = Relu(a)
+            b = Conv <pads=[1,1,1,1]> (r, w)
+            p = GlobalAveragePool(b)
+            f = Flatten(p)
+            y = MatMul(f, u) }"""
+    )
+    del model.graph.input[1:]
+    for place, name in enumerate("vwu"):
+        values = rng.standard_normal((40, 40, 3, 3) if name != "u" else (40, 40)).astype(np.float32)
+        if place == heavy:
+            values[:8, :6] *= 12
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    return model
+
+
+@pytest.mark.parametrize("heavy", [0, 1])
+def test_by_default_half_of_the_copies_of_convolutions_of_few_bits_go_where_they_save_most(heavy, rng):
+    model = two_convolutions(heavy, rng)
+
+    def extras(**options):
+        rows = quantize(model, ratio=0.1, round="compensated", verify=False, **options).report["layers"]
+        return [row["extra"] for row in rows]
+
+    found = extras(bits=5)
+    assert found[heavy] == 6
+    assert found[1 - heavy] == 2
+    assert found[2] == 4  # a dense layer keeps its share
+    assert extras(bits=6) == [4, 4, 4]
+    assert extras(bits=4, layer=(f"{quantize(model, verify=False).report['layers'][0]['name']}$:ratio=0.1",)) == [4] * 3
+    samples = {"x": rng.standard_normal((4, 40, 6, 6)).astype(np.float32)}
+    assert extras(bits=4, calibrate=samples, target="ort") == extras(
+        bits=4, calibrate=samples, target="ort", allocate="uniform"
+    )
 
 
 def test_a_layer_that_gets_no_copies_says_why(rng):

@@ -1,0 +1,79 @@
+"""What splitting adds to the default rounding, over several draws of samples: ``python benchmarks/splitting.py``.
+
+Weights of 4 and 3 bits with float activations, with samples and without. Each draw chooses other samples to calibrate
+on out of all that there are, and measures on those that are left; without samples it makes up others (``--seed``). Two
+Markdown tables: of each network, and of their mean, what ratio 0.05 has more than ratio 0 in agreement with the float
+model (points) and in divergence of the outputs (times 1000), as the mean over the draws with its standard error.
+
+Exit status 1 where, on the mean of the networks, splitting lowers the agreement or raises the divergence.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from accuracy import head, row, scores
+from networks import Network, add_options, compare, networks, outputs
+from numpy.typing import NDArray
+
+RATIOS = (0.0, 0.05)
+
+
+def drawn(network: Network, number: int) -> Network:
+    """With other samples to calibrate on; labels are left out."""
+    rng, count = np.random.default_rng(number), len(network.calibration)
+    everything = np.unique(np.concatenate([network.calibration, network.images]), axis=0)
+    order = rng.permutation(len(everything))
+    none = np.zeros(0, np.int64)
+    return replace(network, calibration=everything[order[:count]], images=everything[order[count:]], labels=none)
+
+
+def gains(network: Network, bits: int, draws: int, samples: bool) -> Iterator[tuple[float, float]]:
+    """Of each draw: points of agreement, and divergence times 1000."""
+    for number in range(draws):
+        here = drawn(network, number)
+        options: dict[str, Any] = {"calibrate": True} if samples else {"seed": number}
+        reference = outputs(here.model, here.images)
+        found = [scores(here, bits, {"ratio": ratio, **options}) for ratio in RATIOS]
+        before, after = (compare(reference, each, here.labels) for each in found)
+        yield after.agreement - before.agreement, after.divergence - before.divergence
+
+
+def told(values: NDArray[np.float64]) -> str:
+    """(draws, 2): the mean of each column with its standard error."""
+    errors = values.std(axis=0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.full(2, np.nan)
+    return " / ".join(f"{mean:+.2f} ± {error:.2f}" for mean, error in zip(values.mean(axis=0), errors, strict=True))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, ("resnet20", "squeezenet", "kws", "mobilenet", "vit"))
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
+    parser.add_argument("--draws", type=int, default=5)
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    everything = list(networks(arguments))
+    broken = 0
+    for samples in (False, True):
+        print(f"\n{'With' if samples else 'Without'} samples, {arguments.draws} draws:\n")
+        head("ratio 0.05 less 0, agreement / divergence", arguments.bits)
+        found = {
+            (network.name, bits): np.array(list(gains(network, bits, arguments.draws, samples)))
+            for network in everything
+            for bits in arguments.bits
+        }
+        for network in everything:
+            row(network.name, [told(found[network.name, bits]) for bits in arguments.bits])
+        means = [np.mean([found[network.name, bits] for network in everything], axis=0) for bits in arguments.bits]
+        row("mean", [told(values) for values in means])
+        broken += sum(agreement < 0 or divergence > 0 for agreement, divergence in (m.mean(axis=0) for m in means))
+    print(f"\n{broken} promises broken")
+    return int(bool(broken))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
