@@ -221,5 +221,6 @@ def _singly(batch: Batch) -> list[Batch]:
     return [Batch({name: values[i : i + 1] for name, values in feed.items()}) for i in range(batch.count)]
 
 
-if __name__ == "__main__":
-    child.serve(lambda asked, say: observe(Request(**asked), say))
+def answer(asked: dict[str, Any], say: child.Report) -> dict[str, Any]:
+    """What the child does."""
+    return observe(Request(**asked), say)

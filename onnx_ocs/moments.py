@@ -189,5 +189,6 @@ def _window(plain: Mapping[str, Any] | None) -> Window | None:
     return Window(**figures, auto_pad=plain["auto_pad"])
 
 
-if __name__ == "__main__":
-    child.serve(lambda asked, say: observe(Request(**asked), say))
+def answer(asked: dict[str, Any], say: child.Report) -> dict[str, Any]:
+    """What the child does."""
+    return observe(Request(**asked), say)

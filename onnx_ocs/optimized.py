@@ -32,5 +32,6 @@ def _optimize(request: Request, say: child.Report) -> dict[str, Any]:
     return {}
 
 
-if __name__ == "__main__":
-    child.serve(lambda asked, say: _optimize(Request(**asked), say))
+def answer(asked: dict[str, Any], say: child.Report) -> dict[str, Any]:
+    """What the child does."""
+    return _optimize(Request(**asked), say)

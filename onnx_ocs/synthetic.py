@@ -117,5 +117,6 @@ def _feed(inputs: list[Input], guess: Guess, request: Request, rng: np.random.Ge
     return feed
 
 
-if __name__ == "__main__":
-    child.serve(lambda asked, say: make(Request(**asked), say))
+def answer(asked: dict[str, Any], say: child.Report) -> dict[str, Any]:
+    """What the child does."""
+    return make(Request(**asked), say)

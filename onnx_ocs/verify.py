@@ -278,5 +278,6 @@ def _relative(first: dict[str, Any], second: dict[str, Any]) -> dict[str, float]
     return changes
 
 
-if __name__ == "__main__":
-    child.serve(lambda asked, say: asdict(_compare(Request(**asked), say)))
+def answer(asked: dict[str, Any], say: child.Report) -> dict[str, Any]:
+    """What the child does."""
+    return asdict(_compare(Request(**asked), say))

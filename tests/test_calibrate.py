@@ -279,13 +279,15 @@ def test_memory_does_not_grow_with_the_samples(tmp_path):
 
     def peak(number):
         np.save(tmp_path / "a.npy", images(number, 100))
-        code = (
-            "import resource, sys; from onnx_ocs import quantize\n"
-            "quantize('in.onnx', calibrate='a.npy', verify=False)\n"
+        code = "from onnx_ocs import quantize; quantize('in.onnx', calibrate='a.npy', verify=False)"
+        probe = (
+            "import resource, subprocess, sys\n"
+            "subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)\n"
             "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
         )
         onnx.save(cnn(), tmp_path / "in.onnx")
-        return int(subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True).stdout)
+        command = [sys.executable, "-c", probe, code]
+        return int(subprocess.run(command, cwd=tmp_path, check=True, capture_output=True).stdout)
 
     assert peak(512) < 1.15 * peak(64)
 

@@ -1,8 +1,10 @@
 """Verification in a process of its own: what passes, what fails, and what happens to the process."""
 
 import os
-import signal
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -18,30 +20,103 @@ def model_of(text):
     return with_weights(onnx.parser.parse_model(f"{HEAD} {text}"))
 
 
-def instead(monkeypatch, code):
-    """Let the child process be another program."""
-    monkeypatch.setattr(sys, "executable", "/bin/sh")
-    original = child.subprocess.run
-
-    def run(command, **options):
-        return original([sys.executable, "-c", code], **options)
-
-    monkeypatch.setattr(child.subprocess, "run", run)
+TROUBLES = {
+    "a crash": ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
+    "an end": ("os._exit(3)", "exit status 3"),
+    "an error": ("raise ValueError('trouble')", "ValueError: trouble"),
+    "no end": ("time.sleep(60)", "within 1 s"),
+}
 
 
-@pytest.mark.parametrize(
-    ("code", "words"),
-    [
-        (f"kill -{int(signal.SIGSEGV)} $$", "SIGSEGV"),
-        ("echo trouble >&2; exit 3", "trouble"),
-        ("sleep 30", "within 1 s"),
-    ],
-)
-def test_a_crash_or_a_runaway_of_the_runtime_is_a_clear_error(monkeypatch, tmp_path, code, words):
-    instead(monkeypatch, code)
-    with pytest.raises(RuntimeFailed, match=words):
+@pytest.mark.parametrize("forks", [True, False])
+@pytest.mark.parametrize(("code", "words"), TROUBLES.values(), ids=TROUBLES)
+def test_a_crash_or_a_runaway_of_the_runtime_is_a_clear_error(monkeypatch, tmp_path, code, words, forks):
+    text = f"import os, signal, time\n\n\ndef answer(asked, say):\n    say('here')\n    {code}\n"
+    Path(tmp_path, "trouble.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(child, "FORKS", forks)
+    original = child.call
+    monkeypatch.setattr(child, "call", lambda module, *rest: original("trouble", *rest))
+    with pytest.raises(RuntimeFailed, match=f"here: .*{words}"):
         quantize(row_model("Conv 2-D"), tmp_path / "out.onnx", timeout=1)
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize("forks", [True, False])
+def test_children_work_where_and_as_their_caller_does(monkeypatch, tmp_path, forks):
+    text = "import os\n\n\ndef answer(asked, say):\n    return {**asked, 'at': os.getcwd(), 'of': os.environ['OF']}\n"
+    Path(tmp_path, "place.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OF", "ours")
+    monkeypatch.setattr(child, "FORKS", forks)
+    assert child.call("place", {"asked": 1}) == {"asked": 1, "at": str(tmp_path), "of": "ours"}
+
+
+def test_children_of_several_threads_run_at_a_time(monkeypatch, tmp_path):
+    """Each waits for the other."""
+    text = (
+        "import os, time\n\n\ndef answer(asked, say):\n"
+        "    open(asked['mine'], 'w').close()\n"
+        "    while not os.path.exists(asked['other']):\n        time.sleep(0.01)\n    return {}\n"
+    )
+    Path(tmp_path, "waits.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = [str(tmp_path / "a"), str(tmp_path / "b")]
+    with ThreadPoolExecutor() as threads:
+        pairs = ((names[0], names[1]), (names[1], names[0]))
+        found = [threads.submit(child.call, "waits", {"mine": one, "other": two}, 60) for one, two in pairs]
+    assert [each.result() for each in found] == [{}, {}]
+
+
+def test_a_fork_of_a_caller_has_children_of_its_own(monkeypatch, tmp_path):
+    Path(tmp_path, "echo.py").write_text("def answer(asked, say):\n    return asked\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert child.call("echo", {"number": 1}) == {"number": 1}
+    forked = os.fork()
+    if not forked:
+        os._exit(child.call("echo", {"number": 42})["number"])
+    assert os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1]) == 42
+    assert child.call("echo", {"number": 2}) == {"number": 2}
+
+
+def test_children_work_where_nothing_is_left(monkeypatch, tmp_path):
+    """In a folder that was deleted."""
+    Path(tmp_path, "echo.py").write_text("def answer(asked, say):\n    return asked\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert child.call("echo", {"number": 1}) == {"number": 1}
+
+
+def test_an_interrupted_call_leaves_no_child_behind(tmp_path):
+    """And the server ends with its caller."""
+    code = (
+        "import os, signal, sys, threading, time\n"
+        "from onnx_ocs import child\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "pid = sys.argv[1] + '/pid'\n"
+        "def interrupt():\n"
+        "    while not os.path.exists(pid):\n"
+        "        time.sleep(0.01)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "threading.Thread(target=interrupt).start()\n"
+        "child.call('sleeps', {'pid': pid})\n"
+    )
+    text = (
+        "import os, time\n\n\ndef answer(asked, say):\n"
+        "    with open(asked['pid'] + '.new', 'w') as file:\n"
+        "        file.write(f'{os.getpid()} {os.getppid()}')\n"
+        "    os.rename(asked['pid'] + '.new', asked['pid'])\n"
+        "    time.sleep(60)\n"
+    )
+    Path(tmp_path, "sleeps.py").write_text(text)
+    ran = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=50)
+    assert "KeyboardInterrupt" in ran.stderr
+    for number in Path(tmp_path, "pid").read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(number), 0)
 
 
 def test_a_wrong_split_never_passes(monkeypatch, tmp_path):
