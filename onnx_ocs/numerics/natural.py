@@ -23,19 +23,21 @@ def natural_images(count: int, channels: int, sizes: tuple[int, int], rng: np.ra
     made = np.zeros((count, channels, *sizes))
     rows, columns = (np.arange(size)[:, None] for size in sizes)
     for image in made:
-        image += _colour(channels, rng)
+        image += _colours(1, channels, rng)[0]
         share = rng.random(LEAVES)
         radii = ((1 - share) / SMALLEST**2 + share / LARGEST**2) ** -0.5 * min(sizes)
-        for radius, middle in zip(radii.tolist(), (rng.random((LEAVES, 2)) * sizes).tolist(), strict=True):
-            top, left = (max(0, int(at - radius)) for at in middle)
-            here = slice(top, int(middle[0] + radius) + 2), slice(left, int(middle[1] + radius) + 2)
-            inside = (rows[here[0]] - middle[0]) ** 2 + (columns[here[1]].T - middle[1]) ** 2 < radius**2
-            image[:, *here][:, inside] = _colour(channels, rng)[:, 0]
+        middles, colours = rng.random((LEAVES, 2)) * sizes, _colours(LEAVES, channels, rng)
+        first = np.maximum(0, (middles - radii[:, None]).astype(int)).tolist()
+        after = ((middles + radii[:, None]).astype(int) + 2).tolist()
+        for place, (middle, most) in enumerate(zip(middles.tolist(), np.square(radii).tolist(), strict=True)):
+            (top, left), (bottom, right) = first[place], after[place]
+            up, aside = rows[top:bottom] - middle[0], columns[left:right].T - middle[1]
+            np.copyto(image[:, top:bottom, left:right], colours[place], where=up * up + aside * aside < most)
     made -= made.mean()
     return made / max(made.std(), np.finfo(np.float64).tiny)
 
 
-def _colour(channels: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """(channels, 1, 1)."""
-    own = rng.standard_normal((channels, 1, 1))
-    return np.asarray(np.sqrt(SHARED) * rng.standard_normal() + np.sqrt(1 - SHARED) * own)
+def _colours(count: int, channels: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """(count, channels, 1, 1)."""
+    drawn = rng.standard_normal((count, channels + 1, 1, 1))
+    return np.asarray(np.sqrt(SHARED) * drawn[:, -1:] + np.sqrt(1 - SHARED) * drawn[:, :-1])
