@@ -45,7 +45,7 @@ def gains(network: Network, bits: int, draws: int, samples: bool) -> Iterator[tu
 
 def told(values: NDArray[np.float64]) -> str:
     """(draws, 2): the mean of each column with its standard error."""
-    errors = values.std(axis=0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.full(2, np.nan)
+    errors = values.std(axis=0, ddof=1) / np.sqrt(len(values))
     return " / ".join(f"{mean:+.2f} ± {error:.2f}" for mean, error in zip(values.mean(axis=0), errors, strict=True))
 
 
@@ -53,8 +53,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, ("resnet20", "squeezenet", "kws", "mobilenet", "vit"))
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
-    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--draws", type=int, default=5, help="two at least")
     arguments = parser.parse_args()
+    if arguments.draws < 2:
+        parser.error("two draws at least, for an error of their mean")
     logging.disable(logging.WARNING)
     everything = list(networks(arguments))
     broken = 0

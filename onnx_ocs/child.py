@@ -28,7 +28,12 @@ from onnx_ocs.errors import BadSamples, OcsError, RuntimeFailed, UnsupportedMode
 TIMEOUT = 1800.0
 """Seconds that a child may take if nothing else is said."""
 
+PATIENCE = 2.0
+"""Seconds that an end may take which was asked for."""
+
 FORKS = sys.platform == "linux"
+
+_SILENT: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
 
 MODULES = ("calibrate", "moments", "optimized", "synthetic", "verify")
 """Those with work for a child, of this package."""
@@ -74,17 +79,19 @@ def call(
 
 
 def _stage(folder: Path) -> str:
-    where = folder / STAGE
-    return where.read_text() if where.exists() else "verification"
+    return _read(folder / STAGE) or "verification"
 
 
 def _cause(folder: Path, status: int) -> str:
     if status < 0:
         with contextlib.suppress(ValueError):
             return signal.Signals(-status).name
-    errors = folder / ERRORS
-    lines = errors.read_text(errors="replace").strip().splitlines() if errors.exists() else []
+    lines = _read(folder / ERRORS).strip().splitlines()
     return lines[-1][:200] if lines else f"exit status {status}"
+
+
+def _read(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
 
 
 def _started(folder: Path, timeout: float) -> int:
@@ -93,10 +100,12 @@ def _started(folder: Path, timeout: float) -> int:
     Raises:
         TimeoutError: it took too long, and was ended.
     """
-    try:
-        return subprocess.run([sys.executable, "-m", "onnx_ocs.child", str(folder)], timeout=timeout).returncode
-    except subprocess.TimeoutExpired:
-        raise TimeoutError from None
+    command = [sys.executable, "-m", "onnx_ocs.child", str(folder)]
+    with (folder / ERRORS).open("wb") as errors:
+        try:
+            return subprocess.run(command, timeout=_bounded(timeout), **_SILENT | {"stderr": errors}).returncode
+        except subprocess.TimeoutExpired:
+            raise TimeoutError from None
 
 
 def _forked(folder: Path, timeout: float) -> int:
@@ -105,19 +114,30 @@ def _forked(folder: Path, timeout: float) -> int:
     Raises:
         TimeoutError: it took too long, and was ended.
     """
+    server = _Server.of_this_process()
     mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with mine:
         with its:
-            _Server.of_this_process().ask(folder, its)
-        mine.settimeout(min(timeout, threading.TIMEOUT_MAX))
+            server.ask(folder, its)
+        mine.settimeout(_bounded(timeout))
         try:
             said = mine.recv(64)
         except BaseException:  # an interrupt as well
-            mine.settimeout(None)
             mine.shutdown(socket.SHUT_WR)  # which ends the child
-            mine.recv(64)
+            mine.settimeout(PATIENCE)
+            try:
+                mine.recv(64)
+            except OSError:
+                server.end()
             raise
-    return int(said or 1)  # nothing where the server itself is gone
+    if not said and not (folder / ERRORS).exists():  # the server itself is gone
+        (folder / ERRORS).write_bytes(server.errors())
+    return int(said or 1)
+
+
+def _bounded(timeout: float) -> float:
+    """As the system takes it: at most three weeks, and not nothing at all."""
+    return min(max(timeout, 0.001), 2e6)
 
 
 class _Server:
@@ -132,31 +152,61 @@ class _Server:
         with cls._lock:
             running = cls._running
             if running is None or running._owner != os.getpid() or running._process.poll() is not None:
+                if running is not None:
+                    running._close()
                 running = cls._running = cls()
             return running
+
+    @classmethod
+    def renew_lock(cls) -> None:
+        """In a fork of the caller, which may have been made while another thread held it."""
+        cls._lock = threading.Lock()
 
     def __init__(self) -> None:
         self._owner = os.getpid()
         self._control, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._errors = os.memfd_create("errors")
         with its:
             command = [sys.executable, "-m", "onnx_ocs.child", str(its.fileno())]
-            silent: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
             # in a session of its own, so that an interrupt of the terminal goes to the caller alone
-            self._process = subprocess.Popen(command, pass_fds=[its.fileno()], start_new_session=True, **silent)
-        atexit.register(self._end)
+            self._process = subprocess.Popen(
+                command, pass_fds=[its.fileno()], start_new_session=True, **_SILENT | {"stderr": self._errors}
+            )
+        atexit.register(self._finish)
 
     def ask(self, folder: Path, line: socket.socket) -> None:
         """Have the request of ``folder`` answered; the exit status is said on ``line``, whose end ends the child."""
-        here = os.open(".", os.O_PATH)
-        with contextlib.suppress(OSError):  # it is gone, and so will be the line
-            socket.send_fds(self._control, [os.fsencode(folder)], [line.fileno(), here])
-        os.close(here)
+        files = [line.fileno()]
+        with contextlib.suppress(OSError):  # the current directory may be one that may not be searched
+            files.append(os.open(".", os.O_PATH))
+        with contextlib.suppress(OSError):  # the server is gone, and so will be the line
+            socket.send_fds(self._control, [os.fsencode(folder)], files)
+        for file in files[1:]:
+            os.close(file)
 
-    def _end(self) -> None:
+    def errors(self) -> bytes:
+        """What it complained of."""
+        return os.pread(self._errors, 2**16, 0)
+
+    def end(self) -> None:
+        """At once, with all children."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _finish(self) -> None:
+        """At the end of the caller; what children used is told to who waits for this process."""
         if self._owner == os.getpid():
             self._control.close()
             with contextlib.suppress(subprocess.TimeoutExpired):  # a thread is left that waits for a child
-                self._process.wait(1)
+                self._process.wait(PATIENCE)
+
+    def _close(self) -> None:
+        atexit.unregister(self._finish)
+        self._control.close()
+        os.close(self._errors)
+
+
+os.register_at_fork(after_in_child=_Server.renew_lock)
 
 
 def _serve(control: socket.socket) -> None:
@@ -165,17 +215,19 @@ def _serve(control: socket.socket) -> None:
         importlib.import_module(f"onnx_ocs.{module}")
     signal.signal(signal.SIGCHLD, lambda *_: _wait(os.WNOHANG))
     while True:
-        folder, files, *_ = socket.recv_fds(control, 4096, 2)
+        folder, files, *_ = socket.recv_fds(control, 8192, 2)
         if not folder:
             break
-        line, here = files
+        line, *here = files
         if not os.fork():
             control.close()
-            os.fchdir(here)
+            for directory in here:
+                with contextlib.suppress(OSError):
+                    os.fchdir(directory)
             _watch(Path(os.fsdecode(folder)), socket.socket(fileno=line))
             os._exit(0)
-        os.close(line)
-        os.close(here)
+        for file in files:
+            os.close(file)
     _wait()
 
 

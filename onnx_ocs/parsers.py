@@ -201,8 +201,8 @@ def _add_splitting(parser: argparse.ArgumentParser) -> None:
         "--allocate",
         choices=CHOICES["allocate"],
         help="uniform: the same ratio for each layer; knapsack, sensitivity: as many bytes where they lower the range, "
-        "or the error of the outputs, most; auto: so half of the copies of convolutions of 5 bits or fewer "
-        f"({DEFAULTS.allocate})",
+        "or the error of the outputs, most; auto: uniform, but half of the copies of convolutions of 5 bits or fewer "
+        f"by sensitivity ({DEFAULTS.allocate})",
     )
     parser.add_argument(
         "--layer",
@@ -287,7 +287,7 @@ def _add_activations(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--act-unsigned",
         action="store_true",
-        help="a grid from 0 on (UINT8) where calibration saw no negative value; TensorRT refuses it",
+        help="a grid from 0 on (UINT8) where calibration saw no negative value; not for TensorRT",
     )
 
 

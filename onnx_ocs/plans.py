@@ -24,6 +24,9 @@ FIRST_LAYER_CHANNELS = 4
 FIRST_LAYER_BITS = 8
 """Of first layers, under ``--first int8``."""
 
+NARROW = 5
+"""Bits that count as few: up to here accuracy goes before the time of a run, and before that of the model."""
+
 ARRANGING = {"Identity", "Cast", "Transpose", "Pad", "Add", "Sub", "Mul", "Div", "BatchNormalization"}
 """Operators that prepare an input, and pass its channels on."""
 

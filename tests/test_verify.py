@@ -1,6 +1,7 @@
 """Verification in a process of its own: what passes, what fails, and what happens to the process."""
 
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -88,6 +89,33 @@ def test_children_work_where_nothing_is_left(monkeypatch, tmp_path):
     monkeypatch.chdir(gone)
     gone.rmdir()
     assert child.call("echo", {"number": 1}) == {"number": 1}
+
+
+def test_a_server_that_does_not_answer_is_ended(monkeypatch, tmp_path):
+    Path(tmp_path, "echo.py").write_text("def answer(asked, say):\n    return asked\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(child, "PATIENCE", 0.1)
+    child.call("echo", {})
+    server = child._Server.of_this_process()
+    os.kill(server._process.pid, signal.SIGSTOP)
+    with pytest.raises(RuntimeFailed, match="within 1 s"):
+        child.call("echo", {}, 1)
+    server._process.wait(10)
+    assert child.call("echo", {"number": 1}) == {"number": 1}
+
+
+def test_a_server_that_cannot_start_says_why(monkeypatch, tmp_path):
+    Path(tmp_path, "onnxruntime.py").write_text("raise RuntimeError('not this one')")
+    monkeypatch.setattr(child._Server, "_running", None)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(RuntimeFailed, match=r"onnxruntime crashed \(RuntimeError: not this one\)"):
+        child.call("onnx_ocs.verify", {})
+
+
+@pytest.mark.parametrize("timeout", [5e6, 1e300])
+def test_no_timeout_is_too_long(timeout, models, tmp_path, command):
+    status, _, complaint = command(models / "digits_mlp.onnx", tmp_path / "out.onnx", "--verify-timeout", timeout)
+    assert (status, complaint) == (0, "")
 
 
 def test_an_interrupted_call_leaves_no_child_behind(tmp_path):

@@ -8,10 +8,7 @@ from typing import ClassVar
 from onnx_ocs.graph.biases import bias_of
 from onnx_ocs.numerics.assumed import fits
 from onnx_ocs.passes.base import Work
-from onnx_ocs.plans import LayerPlan
-
-NARROW = 5
-"""Bits up to which ``auto`` rounds by made-up samples or by assumed data whatever time that takes, within bounds."""
+from onnx_ocs.plans import NARROW, LayerPlan
 
 SMALL = 2e9
 """Products of a rounding of all weights by second moments up to which ``auto`` does so with more bits as well."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_ocs.graph.layers import Layer
 from onnx_ocs.graph.streams import Stream
 from onnx_ocs.numerics.cost import Room, room
 from onnx_ocs.numerics.grid import Grid
@@ -27,13 +28,13 @@ from onnx_ocs.numerics.split import (
 )
 from onnx_ocs.numerics.weights import by_output, channel_peaks, group_plans, grouped, no_split, picks_of
 from onnx_ocs.passes.base import Work
-from onnx_ocs.passes.choose_rounding import NARROW
-from onnx_ocs.plans import LayerPlan, Widened, ratio_of, unsplit
+from onnx_ocs.plans import NARROW, LayerPlan, Widened, ratio_of, unsplit
 
 ALLOCATIONS = ("auto", "uniform", "knapsack", "sensitivity")
 """Which layers get copies: each the same share, or those where they lower the range or the error of outputs most.
 
-``auto`` is ``uniform``; of :data:`NARROW` bits or fewer half of the copies of convolutions go by ``sensitivity``.
+``auto`` is ``uniform``, but with :data:`NARROW` bits or fewer convolutions keep half of their copies, rounded down, and
+the others go by ``sensitivity``.
 """
 
 CONVOLUTIONS = ("Conv", "ConvTranspose")
@@ -93,8 +94,9 @@ class PlanSplits:
         free = [choice for choice in chosen if choice.extra and self._is_free(choice)]
         least = [choice.extra // 2 if self.allocation == "auto" else 0 for choice in free]
         curves = [self._left(work, choice)[some:] for choice, some in zip(free, least, strict=True)]
-        budget = sum((choice.extra - some) * choice.bytes for choice, some in zip(free, least, strict=True))
-        more = allocated(curves, [choice.bytes for choice in free], budget)
+        costs = [self._bytes(work, choice) for choice in free]
+        budget = sum((choice.extra - some) * cost for choice, some, cost in zip(free, least, costs, strict=True))
+        more = allocated(curves, costs, budget)
         extras = {id(choice): some + added for choice, some, added in zip(free, least, more, strict=True)}
         return [replace(choice, extra=extras.get(id(choice), choice.extra)) for choice in chosen]
 
@@ -104,6 +106,18 @@ class PlanSplits:
             return False
         narrow = all(plan.layer.node.op in CONVOLUTIONS and (plan.bits or 8) <= NARROW for plan in choice.plans)
         return narrow or self.allocation != "auto"
+
+    def _bytes(self, work: Work, choice: "_Choice") -> float:
+        """Of a copy of a channel: in the weights that read it, and in those that make it once more."""
+        read, stream = (
+            sum(_size(plan.layer, plan.storage) for plan in choice.plans) / choice.channels,
+            choice.first.stream,
+        )
+        if stream is None:
+            return read
+        widths = {id(plan.layer.node): plan.storage for plan in work.plans if not plan.declined}
+        makers = (*stream.makers, *stream.depthwise)
+        return read + sum(_size(layer, widths.get(id(layer.node), 32)) for layer in makers) / stream.channels
 
     def _left(self, work: Work, choice: "_Choice") -> NDArray[np.float64]:
         """What 0, 1, 2, ... copies leave of the reward of an allocation."""
@@ -193,22 +207,25 @@ class PlanSplits:
         """Which channel gets a copy more, one after the other; for each group of a layer with groups."""
         plans, first, block = choice.plans, choice.first, choice.block
         if self.objective is not None and block is None:
-            costs = [self._costs(work, plan, choice.ids(plan), choice.channels) for plan in plans]
+            costs = [self._costs(work, plan, choice) for plan in plans]
             return [picks_together(parts, extra) for parts in zip(*costs, strict=True)]
         if len(plans) == 1 and first.stream is None and block is None:
             peaks = channel_peaks(work.values(first), first.axes)
             return [picks_of(group, extra, first.per_channel, self.policy) for group in peaks]
         return [self._magnitudes(work, choice, choice.channels, extra)]
 
-    def _costs(self, work: Work, plan: LayerPlan, ids: NDArray[np.int64], channels: int) -> list[Joint]:
-        """For each group of a layer what its thresholds cost."""
+    def _costs(self, work: Work, plan: LayerPlan, choice: "_Choice | None" = None) -> list[Joint]:
+        """For each group of a layer what its thresholds cost; its channels are those of a choice, or its own."""
         assert plan.bits is not None
         inputs, levels, together = self._inputs(work, plan), Grid(plan.bits).levels, not plan.per_channel
+        groups = grouped(work.values(plan), plan.axes)
+        channels = groups.shape[2]
+        ids = np.arange(channels)
+        if choice is not None and plan.stream is not None and not plan.data_splits:
+            ids, channels = plan.stream.ids[plan.layer.data.name], choice.channels
         return [
             Joint(rows, mean, variance, levels, together, ids, channels, self.policy)
-            for rows, mean, variance in zip(
-                grouped(work.values(plan), plan.axes), inputs.mean, inputs.variance, strict=True
-            )
+            for rows, mean, variance in zip(groups, inputs.mean, inputs.variance, strict=True)
         ]
 
     def _planned(self, work: Work, plan: LayerPlan) -> LayerPlan:
@@ -220,7 +237,7 @@ class PlanSplits:
             copies = np.split(np.bincount(plan.splits[0].source), groups)
         else:
             copies = [np.bincount(split.source) for split in plan.splits] * (groups // len(plan.splits))
-        parts = self._costs(work, plan, np.arange(len(copies[0])), len(copies[0]))
+        parts = self._costs(work, plan)
         for part, some in zip(parts, copies, strict=True):
             part.give(some)
         found = np.stack([part.thresholds for part in parts])
@@ -267,6 +284,11 @@ class PlanSplits:
         return made
 
 
+def _size(layer: Layer, storage: int) -> float:
+    """Bytes of a weight in integers of ``storage`` bits."""
+    return math.prod(layer.weight.shape) * storage / 8
+
+
 def _groups(plans: list[LayerPlan], shared: bool) -> Iterator[list[int]]:
     """The places of plans whose channels are chosen together: of one stream, or of one tensor."""
     groups: dict[Any, list[int]] = {}
@@ -289,7 +311,6 @@ class _Choice:
     channels: int  # to choose from: of the stream, or of each group
     copied: int  # that splitting the data adds already
     extra: int
-    bytes: float  # of the weights of a channel
 
     @classmethod
     def of(cls, plans: list[LayerPlan], ratio: float) -> "_Choice":
@@ -299,16 +320,11 @@ class _Choice:
         channels = stream.channels if stream else first.layer.channels // groups
         copied = 0 if first.activation is None else first.activation.extra // groups
         extra = extra_channels(max(ratio_of(plan, ratio) for plan in plans), channels)
-        held = sum(math.prod(plan.layer.weight.shape) * plan.storage / 8 for plan in plans)
-        return cls(plans, channels, copied, extra, held / channels)
+        return cls(plans, channels, copied, extra)
 
     @property
     def first(self) -> LayerPlan:
         return self.plans[0]
-
-    def ids(self, plan: LayerPlan) -> NDArray[np.int64]:
-        """Which of the channels each input channel of a plan is."""
-        return np.arange(self.channels) if plan.stream is None else plan.stream.ids[plan.layer.data.name]
 
     @property
     def block(self) -> int | None:
