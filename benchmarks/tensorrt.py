@@ -6,8 +6,8 @@ and of the models that onnx-ocs writes: in how many of an engine's convolutions 
 float, and how many kernels the engine has. Each model is built in a process of its own, since the parser can
 crash.
 
-Exit status 1 where a promise is broken: each model for ``--target tensorrt`` becomes an engine, and no layer of it whose
-data is quantized works on floats. (TensorRT can compute several layers that read the same data at once.)
+Exit status 1 where a promise is broken: each model for ``--target tensorrt`` becomes an engine, and no layer of it
+works on floats whose data is quantized. (TensorRT can compute several layers that read the same data at once.)
 """
 
 import argparse

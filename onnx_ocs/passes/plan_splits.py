@@ -73,9 +73,8 @@ class PlanSplits:
         for places, choice in zip(groups, chosen, strict=True):
             for place, plan in zip(places, self._visit(work, choice), strict=True):
                 plans[place] = plan
-        if self.objective is not None:
-            plans = [self._planned(work, plan) for plan in plans]
-        return self._widened(work, plans)
+        plans = self._widened(work, plans)
+        return plans if self.objective is None else [self._planned(work, plan) for plan in plans]
 
     def _is_open(self, plan: LayerPlan) -> bool:
         """Whether channels are split, or at least those of its data where it is made."""
@@ -244,7 +243,7 @@ class PlanSplits:
         if not plan.per_channel:
             return replace(plan, planned=found.max())
         assert plan.axes.output is not None
-        outputs = plan.layer.weight.shape[plan.axes.output]
+        outputs = work.values(plan).shape[plan.axes.output]
         return replace(plan, planned=by_output(found, plan.axes, outputs).max(axis=1))
 
     def _magnitudes(self, work: Work, choice: "_Choice", channels: int, extra: int) -> Picks:

@@ -7,6 +7,7 @@ import pytest
 from operators import ROWS, feed, row_model
 
 from onnx_ocs import quantize
+from onnx_ocs.passes.plan_splits import ALLOCATIONS
 
 
 def run(model, inputs):
@@ -29,6 +30,7 @@ def sqnr(wanted, found):
         {"plan": "joint", "allocate": "sensitivity", "per_channel": False},
         {"allocate": "knapsack", "split_policy": "halving"},
         {"allocate": "sensitivity", "fold": "always"},
+        {"plan": "joint", "fold": "always", "round": "compensated"},
     ],
     ids=str,
 )
@@ -114,6 +116,28 @@ def test_by_default_half_of_the_copies_of_convolutions_of_few_bits_go_where_they
     assert extras(bits=4, calibrate=samples, target="ort") == extras(
         bits=4, calibrate=samples, target="ort", allocate="uniform"
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"split": "naive", "fold": "always"}, {"target": "ort"}], ids=str)
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_a_joint_plan_goes_with_channels_of_data_that_are_split(allocation, options, rng):
+    model = two_convolutions(0, rng)
+    x = {"x": rng.standard_normal((8, 40, 6, 6)).astype(np.float32)}
+    whole = {"bits": 5, "ratio": 0.1, "act_ratio": 0.05, "plan": "joint", "allocate": allocation, "calibrate": x}
+    result = quantize(model, verify=False, **whole, **options)
+    first = {"x": x["x"][:4]}
+    assert sqnr(run(model, first), run(result.model, first)) > 15
+    assert sum(row["extra"] for row in result.report["layers"]) > 0
+
+
+@pytest.mark.parametrize("heavy", [0, 1])
+@pytest.mark.parametrize("fold", ["always", "never"])
+def test_copies_that_go_elsewhere_take_no_more_bytes(heavy, fold, rng):
+    """Those in the weights that make a channel twice count too."""
+    model = two_convolutions(heavy, rng)
+    options = {"bits": 4, "ratio": 0.1, "round": "nearest", "fold": fold, "verify": False}
+    sizes = [quantize(model, allocate=name, **options).model.ByteSize() for name in ("uniform", "sensitivity")]
+    assert sizes[1] < 1.01 * sizes[0]  # indices and scales aside
 
 
 def test_a_layer_that_gets_no_copies_says_why(rng):
