@@ -1,5 +1,6 @@
 """The package as users get it."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -18,6 +19,18 @@ assert (folder / "py.typed").exists()
 print(onnx_ocs.__version__)
 """
 LEFT_OUT = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+
+
+APART = {"graph": ("numerics", "passes"), "numerics": ("graph", "passes"), "passes": ("passes",)}
+
+
+@pytest.mark.parametrize("room", APART)
+def test_rooms_that_are_to_know_nothing_of_each_other_do_not(room):
+    """As CONTRIBUTING.md has it."""
+    for file in (ROOT / "onnx_ocs" / room).glob("*.py"):
+        imports = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+        known = {f"{node.module}." for node in imports} - {"onnx_ocs.passes.base."}
+        assert not [name for name in known for other in APART[room] if name.startswith(f"onnx_ocs.{other}.")], file
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
