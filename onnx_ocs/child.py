@@ -152,6 +152,7 @@ class _Server:
         with cls._lock:
             running = cls._running
             if running is None or running._owner != os.getpid() or running._process.poll() is not None:
+                cls._running = None  # whatever becomes of the next one
                 if running is not None:
                     running._close()
                 running = cls._running = cls()
@@ -165,7 +166,7 @@ class _Server:
     def __init__(self) -> None:
         self._owner = os.getpid()
         self._control, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._errors = os.memfd_create("errors")
+        self._errors = os.fdopen(os.memfd_create("errors"), "rb")
         with its:
             command = [sys.executable, "-m", "onnx_ocs.child", str(its.fileno())]
             # in a session of its own, so that an interrupt of the terminal goes to the caller alone
@@ -186,7 +187,7 @@ class _Server:
 
     def errors(self) -> bytes:
         """What it complained of."""
-        return os.pread(self._errors, 2**16, 0)
+        return b"" if self._errors.closed else os.pread(self._errors.fileno(), 2**16, 0)
 
     def end(self) -> None:
         """At once, with all children."""
@@ -203,7 +204,7 @@ class _Server:
     def _close(self) -> None:
         atexit.unregister(self._finish)
         self._control.close()
-        os.close(self._errors)
+        self._errors.close()
 
 
 os.register_at_fork(after_in_child=_Server.renew_lock)
