@@ -124,6 +124,7 @@ def test_an_interrupted_call_leaves_no_child_behind(tmp_path):
         "import os, signal, sys, threading, time\n"
         "from onnx_ocs import child\n"
         "sys.path.insert(0, sys.argv[1])\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # where it is ignored, as in the background\n"
         "pid = sys.argv[1] + '/pid'\n"
         "def interrupt():\n"
         "    while not os.path.exists(pid):\n"
