@@ -11,7 +11,6 @@ Exit status 1 where, on the mean of the networks, splitting lowers the agreement
 import argparse
 import logging
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -32,15 +31,18 @@ def drawn(network: Network, number: int) -> Network:
     return replace(network, calibration=everything[order[:count]], images=everything[order[count:]], labels=none)
 
 
-def gains(network: Network, bits: int, draws: int, samples: bool) -> Iterator[tuple[float, float]]:
-    """Of each draw: points of agreement, and divergence times 1000."""
+def gains(network: Network, widths: list[int], draws: int, samples: bool) -> NDArray[np.float64]:
+    """(widths, draws, 2): points of agreement, and divergence times 1000."""
+    made = np.zeros((len(widths), draws, 2))
     for number in range(draws):
         here = drawn(network, number)
         options: dict[str, Any] = {"calibrate": True} if samples else {"seed": number}
         reference = outputs(here.model, here.images)
-        found = [scores(here, bits, {"ratio": ratio, **options}) for ratio in RATIOS]
-        before, after = (compare(reference, each, here.labels) for each in found)
-        yield after.agreement - before.agreement, after.divergence - before.divergence
+        for place, bits in enumerate(widths):
+            found = [scores(here, bits, {"ratio": ratio, **options}) for ratio in RATIOS]
+            before, after = (compare(reference, each, here.labels) for each in found)
+            made[place, number] = after.agreement - before.agreement, after.divergence - before.divergence
+    return made
 
 
 def told(values: NDArray[np.float64]) -> str:
@@ -63,16 +65,12 @@ def main() -> int:
     for samples in (False, True):
         print(f"\n{'With' if samples else 'Without'} samples, {arguments.draws} draws:\n")
         head("ratio 0.05 less 0, agreement / divergence", arguments.bits)
-        found = {
-            (network.name, bits): np.array(list(gains(network, bits, arguments.draws, samples)))
-            for network in everything
-            for bits in arguments.bits
-        }
-        for network in everything:
-            row(network.name, [told(found[network.name, bits]) for bits in arguments.bits])
-        means = [np.mean([found[network.name, bits] for network in everything], axis=0) for bits in arguments.bits]
-        row("mean", [told(values) for values in means])
-        broken += sum(agreement < 0 or divergence > 0 for agreement, divergence in (m.mean(axis=0) for m in means))
+        found = {network.name: gains(network, arguments.bits, arguments.draws, samples) for network in everything}
+        found["mean"] = np.mean(list(found.values()), axis=0)
+        for name, widths in found.items():
+            row(name, [told(values) for values in widths])
+        means = [values.mean(axis=0) for values in found["mean"]]
+        broken += sum(agreement < 0 or divergence > 0 for agreement, divergence in means)
     print(f"\n{broken} promises broken")
     return int(bool(broken))
 

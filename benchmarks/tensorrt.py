@@ -3,8 +3,7 @@
 Needs NVIDIA's Python package ``tensorrt_rtx`` (TensorRT for RTX), which builds engines on any x86-64 machine; it runs
 none of them here. Two tables: what it makes of each construct that ``onnx-ocs lint --target tensorrt`` has a rule for,
 and of the models that onnx-ocs writes: in how many of an engine's convolutions and matrix products the data is INT8 or
-float, and how many kernels the engine has. Each model is built in a process of its own, since the parser can
-crash.
+float, and how many kernels the engine has. Each model is built in a process of its own, since the parser can crash.
 
 Exit status 1 where a promise is broken: each model for ``--target tensorrt`` becomes an engine, and no layer of it
 works on floats whose data is quantized. (TensorRT can compute several layers that read the same data at once.)
@@ -14,7 +13,6 @@ import argparse
 import json
 import logging
 import re
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -23,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from common import ROOT
+from common import ROOT, measure
 from networks import MAKERS, Network
 
 from onnx_ocs import lint, quantize
+from onnx_ocs.graph.layers import READERS
 
 CLEAN: dict[str, dict[str, Any]] = {
     "W8 A8, ratio 0": {"ratio": 0},
@@ -50,8 +49,6 @@ SAMPLES = {"resnet20": 64, "squeezenet": 16, "kws": 64, "mobilenet": 64, "vit": 
 
 PRODUCTS = ("correlation", "deconv", "gemm", "runtime_fusion")
 """Kernels of TensorRT that are convolutions or matrix products."""
-
-OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 SECONDS = 300
 """After which a build counts as hanging."""
@@ -89,16 +86,14 @@ def build(path: Path) -> dict[str, Any]:
 
 def in_child(path: Path) -> dict[str, Any]:
     """:func:`build` in a process of its own."""
-    command = [sys.executable, __file__, "--build", str(path)]
-    try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
+    ended = measure([sys.executable, __file__, "--build", str(path)], SECONDS)
+    if ended.status == 124:
         return {"refused": f"no answer within {SECONDS} s"}
-    if ended.returncode < 0:
-        return {"refused": f"TensorRT ends the process (signal {-ended.returncode})"}
-    if ended.returncode:
-        sys.exit(ended.stderr)
-    return dict(json.loads(ended.stdout.splitlines()[-1]))
+    if ended.status < 0:
+        return {"refused": f"TensorRT ends the process (signal {-ended.status})"}
+    if ended.status:
+        sys.exit(ended.errors)
+    return dict(json.loads(ended.output.splitlines()[-1]))
 
 
 def on(answer: dict[str, Any], data: str) -> int:
@@ -143,7 +138,7 @@ def print_models(network: Network, count: int, path: Path) -> int:
         onnx.save(model, path)
         answer = in_child(path)
         quantized = sum(layer.get("bits") is not None for layer in result.report["layers"])
-        others = sum(node.op_type in OPERATORS for node in model.graph.node) - quantized
+        others = sum(node.op_type in READERS for node in model.graph.node) - quantized
         if given["target"] == "tensorrt":
             broken += "refused" in answer or (name in CLEAN and on(answer, "Float") > others)
         print(f"| {network.name} | {name} | {quantized} | {cells(answer)} |", flush=True)

@@ -27,6 +27,9 @@ FIRST_LAYER_BITS = 8
 NARROW = 5
 """Bits that count as few: up to here accuracy goes before the time of a run, and before that of the model."""
 
+DENSE = {"Gemm", "MatMul"}
+"""Layers of whose data nothing can be assumed."""
+
 ARRANGING = {"Identity", "Cast", "Transpose", "Pad", "Add", "Sub", "Mul", "Div", "BatchNormalization"}
 """Operators that prepare an input, and pass its channels on."""
 

@@ -21,9 +21,25 @@ def model_of(text):
     return with_weights(onnx.parser.parse_model(f"{HEAD} {text}"))
 
 
+ECHO = "def answer(asked, say):\n    return asked\n"
+
+
+@pytest.fixture
+def work(monkeypatch, tmp_path_factory):
+    """Let children import a module ``work`` of this text."""
+
+    def write(text):
+        folder = tmp_path_factory.mktemp("modules")
+        Path(folder, "work.py").write_text(text)
+        monkeypatch.syspath_prepend(folder)
+
+    return write
+
+
 TROUBLES = {
     "a crash": ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
     "an end": ("os._exit(3)", "exit status 3"),
+    "last words": ("os.write(2, b'trouble'); os._exit(3)", "trouble"),
     "an error": ("raise ValueError('trouble')", "ValueError: trouble"),
     "no end": ("time.sleep(60)", "within 1 s"),
 }
@@ -31,77 +47,68 @@ TROUBLES = {
 
 @pytest.mark.parametrize("forks", [True, False])
 @pytest.mark.parametrize(("code", "words"), TROUBLES.values(), ids=TROUBLES)
-def test_a_crash_or_a_runaway_of_the_runtime_is_a_clear_error(monkeypatch, tmp_path, code, words, forks):
-    text = f"import os, signal, time\n\n\ndef answer(asked, say):\n    say('here')\n    {code}\n"
-    Path(tmp_path, "trouble.py").write_text(text)
-    monkeypatch.syspath_prepend(tmp_path)
+def test_a_crash_or_a_runaway_of_the_runtime_is_a_clear_error(monkeypatch, tmp_path, work, code, words, forks):
+    work(f"import os, signal, time\n\n\ndef answer(asked, say):\n    say('here')\n    {code}\n")
     monkeypatch.setattr(child, "FORKS", forks)
     original = child.call
-    monkeypatch.setattr(child, "call", lambda module, *rest: original("trouble", *rest))
+    monkeypatch.setattr(child, "call", lambda module, *rest: original("work", *rest))
     with pytest.raises(RuntimeFailed, match=f"here: .*{words}"):
         quantize(row_model("Conv 2-D"), tmp_path / "out.onnx", timeout=1)
-    assert not (tmp_path / "out.onnx").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("forks", [True, False])
-def test_children_work_where_and_as_their_caller_does(monkeypatch, tmp_path, forks):
-    text = "import os\n\n\ndef answer(asked, say):\n    return {**asked, 'at': os.getcwd(), 'of': os.environ['OF']}\n"
-    Path(tmp_path, "place.py").write_text(text)
-    monkeypatch.syspath_prepend(tmp_path)
+def test_children_work_where_and_as_their_caller_does(monkeypatch, tmp_path, work, forks):
+    work("import os\n\n\ndef answer(asked, say):\n    return {**asked, 'at': os.getcwd(), 'of': os.environ['OF']}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OF", "ours")
     monkeypatch.setattr(child, "FORKS", forks)
-    assert child.call("place", {"asked": 1}) == {"asked": 1, "at": str(tmp_path), "of": "ours"}
+    assert child.call("work", {"asked": 1}) == {"asked": 1, "at": str(tmp_path), "of": "ours"}
 
 
-def test_children_of_several_threads_run_at_a_time(monkeypatch, tmp_path):
+def test_children_of_several_threads_run_at_a_time(tmp_path, work):
     """Each waits for the other."""
-    text = (
+    work(
         "import os, time\n\n\ndef answer(asked, say):\n"
         "    open(asked['mine'], 'w').close()\n"
         "    while not os.path.exists(asked['other']):\n        time.sleep(0.01)\n    return {}\n"
     )
-    Path(tmp_path, "waits.py").write_text(text)
-    monkeypatch.syspath_prepend(tmp_path)
     names = [str(tmp_path / "a"), str(tmp_path / "b")]
     with ThreadPoolExecutor() as threads:
         pairs = ((names[0], names[1]), (names[1], names[0]))
-        found = [threads.submit(child.call, "waits", {"mine": one, "other": two}, 60) for one, two in pairs]
+        found = [threads.submit(child.call, "work", {"mine": one, "other": two}, 60) for one, two in pairs]
     assert [each.result() for each in found] == [{}, {}]
 
 
-def test_a_fork_of_a_caller_has_children_of_its_own(monkeypatch, tmp_path):
-    Path(tmp_path, "echo.py").write_text("def answer(asked, say):\n    return asked\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert child.call("echo", {"number": 1}) == {"number": 1}
+def test_a_fork_of_a_caller_has_children_of_its_own(work):
+    work(ECHO)
+    assert child.call("work", {"number": 1}) == {"number": 1}
     forked = os.fork()
     if not forked:
-        os._exit(child.call("echo", {"number": 42})["number"])
+        os._exit(child.call("work", {"number": 42})["number"])
     assert os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1]) == 42
-    assert child.call("echo", {"number": 2}) == {"number": 2}
+    assert child.call("work", {"number": 2}) == {"number": 2}
 
 
-def test_children_work_where_nothing_is_left(monkeypatch, tmp_path):
+def test_children_work_where_nothing_is_left(monkeypatch, tmp_path, work):
     """In a folder that was deleted."""
-    Path(tmp_path, "echo.py").write_text("def answer(asked, say):\n    return asked\n")
-    monkeypatch.syspath_prepend(tmp_path)
+    work(ECHO)
     (gone := tmp_path / "gone").mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
-    assert child.call("echo", {"number": 1}) == {"number": 1}
+    assert child.call("work", {"number": 1}) == {"number": 1}
 
 
-def test_a_server_that_does_not_answer_is_ended(monkeypatch, tmp_path):
-    Path(tmp_path, "echo.py").write_text("def answer(asked, say):\n    return asked\n")
-    monkeypatch.syspath_prepend(tmp_path)
+def test_a_server_that_does_not_answer_is_ended(monkeypatch, work):
+    work(ECHO)
     monkeypatch.setattr(child, "PATIENCE", 0.1)
-    child.call("echo", {})
+    child.call("work", {})
     server = child._Server.of_this_process()
     os.kill(server._process.pid, signal.SIGSTOP)
     with pytest.raises(RuntimeFailed, match="within 1 s"):
-        child.call("echo", {}, 1)
+        child.call("work", {}, 1)
     server._process.wait(10)
-    assert child.call("echo", {"number": 1}) == {"number": 1}
+    assert child.call("work", {"number": 1}) == {"number": 1}
 
 
 def test_a_server_that_cannot_start_says_why(monkeypatch, tmp_path):

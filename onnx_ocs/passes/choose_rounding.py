@@ -8,16 +8,13 @@ from typing import ClassVar
 from onnx_ocs.graph.biases import bias_of
 from onnx_ocs.numerics.assumed import fits
 from onnx_ocs.passes.base import Work
-from onnx_ocs.plans import NARROW, LayerPlan
+from onnx_ocs.plans import DENSE, NARROW, LayerPlan
 
 SMALL = 2e9
 """Products of a rounding of all weights by second moments up to which ``auto`` does so with more bits as well."""
 
 LARGE = 2e11
 """Products beyond which it is never by made-up samples: four times those of ResNet-50, which takes minutes."""
-
-DENSE = {"Gemm", "MatMul"}
-"""Layers of whose data nothing can be assumed."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Which input channels of each layer's weight are split, and into how many copies."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -28,7 +28,7 @@ from onnx_ocs.numerics.split import (
 )
 from onnx_ocs.numerics.weights import by_output, channel_peaks, group_plans, grouped, no_split, picks_of
 from onnx_ocs.passes.base import Work
-from onnx_ocs.plans import NARROW, LayerPlan, Widened, ratio_of, unsplit
+from onnx_ocs.plans import DENSE, NARROW, LayerPlan, Widened, ratio_of, unsplit
 
 ALLOCATIONS = ("auto", "uniform", "knapsack", "sensitivity")
 """Which layers get copies: each the same share, or those where they lower the range or the error of outputs most.
@@ -36,8 +36,6 @@ ALLOCATIONS = ("auto", "uniform", "knapsack", "sensitivity")
 ``auto`` is ``uniform``, but with :data:`NARROW` bits or fewer convolutions keep half of their copies, rounded down, and
 the others go by ``sensitivity``.
 """
-
-CONVOLUTIONS = ("Conv", "ConvTranspose")
 
 MOST = 4
 """Times as many copies as ``uniform`` gives it, that a layer gets at most by another allocation."""
@@ -93,7 +91,8 @@ class PlanSplits:
         free = [choice for choice in chosen if choice.extra and self._is_free(choice)]
         least = [choice.extra // 2 if self.allocation == "auto" else 0 for choice in free]
         curves = [self._left(work, choice)[some:] for choice, some in zip(free, least, strict=True)]
-        costs = [self._bytes(work, choice) for choice in free]
+        storage = {id(plan.layer.node): plan.storage for plan in work.plans if not plan.declined}
+        costs = [choice.bytes(storage) for choice in free]
         budget = sum((choice.extra - some) * cost for choice, some, cost in zip(free, least, costs, strict=True))
         more = allocated(curves, costs, budget)
         extras = {id(choice): some + added for choice, some, added in zip(free, least, more, strict=True)}
@@ -101,22 +100,11 @@ class PlanSplits:
 
     def _is_free(self, choice: "_Choice") -> bool:
         """Whether copies of these layers may go to others, and those of others to them."""
-        if self.allocation == "uniform" or any("ratio" in plan.given for plan in choice.plans):
+        if any("ratio" in plan.given for plan in choice.plans):
             return False
-        narrow = all(plan.layer.node.op in CONVOLUTIONS and (plan.bits or 8) <= NARROW for plan in choice.plans)
-        return narrow or self.allocation != "auto"
-
-    def _bytes(self, work: Work, choice: "_Choice") -> float:
-        """Of a copy of a channel: in the weights that read it, and in those that make it once more."""
-        read, stream = (
-            sum(_size(plan.layer, plan.storage) for plan in choice.plans) / choice.channels,
-            choice.first.stream,
-        )
-        if stream is None:
-            return read
-        widths = {id(plan.layer.node): plan.storage for plan in work.plans if not plan.declined}
-        makers = (*stream.makers, *stream.depthwise)
-        return read + sum(_size(layer, widths.get(id(layer.node), 32)) for layer in makers) / stream.channels
+        if self.allocation == "auto":
+            return all(plan.layer.node.op not in DENSE and (plan.bits or 8) <= NARROW for plan in choice.plans)
+        return self.allocation != "uniform"
 
     def _left(self, work: Work, choice: "_Choice") -> NDArray[np.float64]:
         """What 0, 1, 2, ... copies leave of the reward of an allocation."""
@@ -243,7 +231,7 @@ class PlanSplits:
         if not plan.per_channel:
             return replace(plan, planned=found.max())
         assert plan.axes.output is not None
-        outputs = work.values(plan).shape[plan.axes.output]
+        outputs = plan.layer.weight.shape[plan.axes.output] if plan.outputs is None else len(plan.outputs)
         return replace(plan, planned=by_output(found, plan.axes, outputs).max(axis=1))
 
     def _magnitudes(self, work: Work, choice: "_Choice", channels: int, extra: int) -> Picks:
@@ -320,6 +308,18 @@ class _Choice:
         copied = 0 if first.activation is None else first.activation.extra // groups
         extra = extra_channels(max(ratio_of(plan, ratio) for plan in plans), channels)
         return cls(plans, channels, copied, extra)
+
+    def bytes(self, storage: Mapping[int, int]) -> float:
+        """Of a copy of a channel: in the weights that read it, and in those that make it once more.
+
+        Args:
+            storage: bits of a weight by the id of its node; float32 elsewhere.
+        """
+        read = sum(_size(plan.layer, plan.storage) for plan in self.plans) / self.channels
+        if (stream := self.first.stream) is None:
+            return read
+        makers = (*stream.makers, *stream.depthwise)
+        return read + sum(_size(layer, storage.get(id(layer.node), 32)) for layer in makers) / stream.channels
 
     @property
     def first(self) -> LayerPlan:
