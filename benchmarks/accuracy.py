@@ -13,22 +13,33 @@ of its data taken out.
 
 onnxruntime's ``quantize_static`` always takes part. Each ``--peer`` names one more, the python of the environment that
 it is installed in, and perhaps one of its methods (see quantize_by.py): ``--peer aimet-onnx:apply_seq_mse=PYTHON``. All
-models run in onnxruntime, by kernels that do not saturate. What a peer refuses stands in its cell in its own words.
+models run in onnxruntime, by kernels that do not saturate. Letters stand for remarks below the tables, and for why a
+peer makes nothing, in its own words.
 
 A last table has what splitting adds: ratio 0.05 less ratio 0, in agreement and divergence, on the mean of the networks.
+
+``--keep FOLDER`` keeps the outputs of all cells and makes none again that lies there, so that a run that was broken off
+goes on, and several runs side by side, each begun with other networks or widths, share the work.
 
 Exit status 1 where a default loses: the lower end of the paired 95 % interval of its agreement less that of max, mse or
 paper, with float activations, is below half a point at 3 bits or more.
 """
 
 import argparse
+import dataclasses
 import datetime
 import importlib.metadata
+import json
 import logging
+import os
 import platform
+import re
+import string
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +89,31 @@ MARGIN = 0.5
 
 Scores = NDArray[np.float32]
 
+Makers = dict[str, Callable[[int], "Made"]]
+"""Of the rows of a table: what makes the cell of a width."""
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """What a recipe or a quantizer makes of a network at one width."""
+
+    scores: Scores | None = None  # the outputs on all images, or None where nothing came of it
+    remarks: list[str] = field(default_factory=list)
+    versions: str = ""  # of a peer
+
+    def save(self, path: Path) -> None:
+        """Under another name first, since other runs look here too."""
+        rest = {name: value for name, value in dataclasses.asdict(self).items() if name != "scores"}
+        arrays = {} if self.scores is None else {"scores": self.scores}
+        part = path.with_suffix(f".{os.getpid()}.npz")
+        np.savez(part, rest=np.array(json.dumps(rest)), **arrays)
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Made":
+        with np.load(path) as arrays:
+            return cls(arrays.get("scores"), **json.loads(str(arrays["rest"])))
+
 
 def scores(network: Network, bits: int, options: dict[str, Any]) -> Scores:
     """The outputs of the model that a recipe makes."""
@@ -90,6 +126,11 @@ def scores(network: Network, bits: int, options: dict[str, Any]) -> Scores:
         target = Path(folder, "out.onnx")
         quantize(network.model, target, bits=bits, verify=False, **given)
         return outputs(target, network.images, exact=True)
+
+
+def best_scores(network: Network, bits: int, options: list[dict[str, Any]], reference: Scores) -> Made:
+    """Of several options, those that agree most with the float model."""
+    return Made(max((scores(network, bits, one) for one in options), key=lambda made: agreeing(reference, made).mean()))
 
 
 def scores_by(peer: Quantizer, network: Network, bits: int, data: bool) -> tuple[Scores, list[str]]:
@@ -116,17 +157,48 @@ def scores_by(peer: Quantizer, network: Network, bits: int, data: bool) -> tuple
             raise NotPossible(f"onnxruntime: {error}") from error
 
 
-def cell_by(peer: Quantizer, network: Network, bits: int, data: bool, reference: Scores) -> str:
-    """The figures of a peer, or its own words for why there are none."""
+def made_by(peer: Quantizer, network: Network, bits: int, data: bool) -> Made:
     try:
         found, remarks = scores_by(peer, network, bits, data)
     except NotPossible as reason:
-        return f"not possible: {shortened(str(reason))}"
-    return ", ".join([figures(network, reference, found), *remarks])
+        return Made(None, [shortened(str(reason))], peer.versions)
+    return Made(found, remarks, peer.versions)
 
 
-def figures(network: Network, reference: Scores, found: Scores) -> str:
-    return str(compare(reference, found, network.labels)).replace("|", "/")
+class Shelf:
+    """Cells that were made, perhaps by other runs, in a folder or nowhere."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def cell(self, make: Callable[[], Made], *name: object) -> Made:
+        """That of this name, made where there is none yet."""
+        if self._folder is None:
+            return make()
+        path = self._folder / (re.sub(r"[^\w.]+", "-", " ".join(map(str, name))) + ".npz")
+        if not path.exists():
+            make().save(path)
+        return Made.load(path)
+
+
+class Notes:
+    """Remarks of the cells of a table, a letter for each."""
+
+    def __init__(self) -> None:
+        self._letters: dict[str, str] = {}
+
+    def letters(self, remarks: Iterable[str]) -> str:
+        return " ".join(self._letters.setdefault(each, string.ascii_letters[len(self._letters)]) for each in remarks)
+
+    def __str__(self) -> str:
+        return "; ".join(f"{letter}: {remark}" for remark, letter in self._letters.items())
+
+
+def figures(found: Figures) -> str:
+    """Without top-1 where there are no labels."""
+    return str(found).replace("nan | ", "").replace("|", "/")
 
 
 def agreeing(reference: Scores, found: Scores) -> NDArray[np.float64]:
@@ -141,11 +213,12 @@ def lower_end(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
     return float(difference.mean() - 1.96 * difference.std() / np.sqrt(len(difference)))
 
 
-def losses(network: Network, reference: Scores, found: dict[tuple[str, int], Scores]) -> Iterator[str]:
+def losses(network: Network, reference: Scores, found: Mapping[tuple[str, int], Made]) -> Iterator[str]:
     """Where a default is worse than one of the others."""
-    for (name, bits), ours in found.items():
+    agreed = {cell: agreeing(reference, made.scores) for cell, made in found.items() if made.scores is not None}
+    for name, bits in found:
         for other in OTHERS if name in DEFAULTS and bits >= NARROWEST else ():
-            first, second = agreeing(reference, ours), agreeing(reference, found[other, bits])
+            first, second = agreed[name, bits], agreed[other, bits]
             if (low := lower_end(first, second)) < -MARGIN:
                 mean = first.mean() - second.mean()
                 yield f"{network.name}, {bits} bits: {name} less {other}: {mean:.2f}, from {low:.2f} on"
@@ -169,43 +242,67 @@ def row(name: str, cells: Iterable[str]) -> None:
     print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
+def rows(network: Network, data: bool, reference: Scores, peers: Sequence[Quantizer]) -> Makers:
+    """Of one table, by their names."""
+
+    def ours(options: list[dict[str, Any]]) -> Callable[[int], Made]:
+        return lambda bits: best_scores(network, bits, options, reference)
+
+    def theirs(peer: Quantizer) -> Callable[[int], Made]:
+        return lambda bits: made_by(peer, network, bits, data)
+
+    recipes = {name: ours(options) for name, options in (WITH_DATA if data else RECIPES).items()}
+    return recipes | {peer.name: theirs(peer) for peer in peers}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, ("resnet20", "squeezenet", "kws", "mobilenet", "vit"))
+    add_options(parser, ("squeezenet", "kws", "mobilenet", "vit", "resnet20"))
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 7, 6, 5, 4, 3, 2])
     parser.add_argument("--peer", type=Apart.named, action="append", default=[], metavar="NAME[:METHOD]=PYTHON")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where the outputs of all cells are kept")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
-    peers = [Quantizer(), *arguments.peer]
+    shelf = Shelf(arguments.keep)
     packages = [f"{name} {importlib.metadata.version(name)}" for name in ("onnx", "onnxruntime", "numpy")]
     print(f"{datetime.date.today()}; Python {platform.python_version()}, {', '.join(packages)}")
     lost: list[str] = []
-    defaults: dict[tuple[str, int], list[Figures]] = defaultdict(list)
+    floats: dict[tuple[str, int], list[Figures]] = defaultdict(list)
+    versions: dict[str, str] = {}
     for network in networks(arguments):
         reference = outputs(network.model, network.images)
-        for data, recipes in ((False, RECIPES), (True, WITH_DATA)):
-            print(f"\n{network.name}, {'activations of 8 bits' if data else 'float activations'}:\n")
+        for data in (False, True):
+            kind = "activations of 8 bits" if data else "float activations"
+            print(f"\n**{network.name}, {kind}**\n")
             head("top-1 / agreement / divergence", arguments.bits)
-            row("float model", [figures(network, reference, reference)] * len(arguments.bits))
-            found: dict[tuple[str, int], Scores] = {}
-            for name, options in recipes.items():
+            row("float model", [figures(compare(reference, reference, network.labels))] * len(arguments.bits))
+            found: dict[tuple[str, int], Made] = {}
+            notes = Notes()
+            for name, make in rows(network, data, reference, [Quantizer(), *arguments.peer]).items():
+                cells = []
                 for bits in arguments.bits:
-                    tried = [scores(network, bits, one) for one in options]
-                    found[name, bits] = max(tried, key=lambda one: agreeing(reference, one).mean())
-                row(f"onnx-ocs, {name}", [figures(network, reference, found[name, bits]) for bits in arguments.bits])
-            for peer in peers:
-                row(peer.name, [cell_by(peer, network, bits, data, reference) for bits in arguments.bits])
+                    made = shelf.cell(partial(make, bits), network.name, len(network.calibration), kind, name, bits)
+                    found[name, bits] = made
+                    versions |= {name: made.versions} if made.versions else {}
+                    told = "not possible"
+                    if made.scores is not None:
+                        compared = compare(reference, made.scores, network.labels)
+                        told = figures(compared)
+                        if not data:
+                            floats[name, bits].append(compared)
+                    cells.append(" ".join([told, notes.letters(made.remarks)]).strip())
+                row(name, cells)
+            if str(notes):
+                print(f"\n{notes}")
             if not data:
                 lost += losses(network, reference, found)
-                for (name, bits), ours in found.items():
-                    defaults[name, bits].append(compare(reference, ours, network.labels))
     print()
     head("ratio 0.05 less 0, agreement / divergence", arguments.bits)
     for known in ("no data", "samples"):
-        row(known, [gain(defaults, known, bits) for bits in arguments.bits])
+        row(known, [gain(floats, known, bits) for bits in arguments.bits])
     print()
-    for peer in arguments.peer:
-        print(f"{peer.name}: {peer.versions}")
+    for name, told in versions.items():
+        print(f"{name}: {told}")
     print(f"\n{len(lost)} comparisons lost")
     print("\n".join(lost))
     return 1 if lost else 0

@@ -68,6 +68,7 @@ class Quantizer:
     """``quantize_static`` for each output channel."""
 
     name: str = "onnxruntime quantize_static"
+    versions: str = ""  # of what is not installed here, once it has answered
 
     def quantize(self, network: Network, bits: int, data: bool, folder: Path) -> Path | NDArray[np.float32]:
         """The model that it makes, of its own accord with 8-bit data, or the scores of its simulation."""
@@ -87,7 +88,6 @@ class Apart(Quantizer):
     python: str = ""
     peer: str = ""
     method: str = ""
-    versions: str = ""  # once it has answered
 
     @classmethod
     def named(cls, option: str) -> "Apart":
