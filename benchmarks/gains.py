@@ -1,11 +1,13 @@
-"""What splitting adds to the default rounding, over several draws of samples: ``python benchmarks/splitting.py``.
+"""What one step of the defaults adds, over several draws of samples: ``python benchmarks/gains.py [--of STEP]``.
 
-Weights of 4 and 3 bits with float activations, with samples and without. Each draw chooses other samples to calibrate
-on out of all that there are, and measures on those that are left; without samples it makes up others (``--seed``). Two
-Markdown tables: of each network, and of their mean, what ratio 0.05 has more than ratio 0 in agreement with the float
-model (points) and in divergence of the outputs (times 1000), as the mean over the draws with its standard error.
+Steps are ``splitting``, ratio 0.05 against 0 under the default rounding, and ``propagation``, weights that make up for
+the errors of the layers before theirs against weights that do not. Weights of 4 and 3 bits with float activations, with
+samples and without. Each draw chooses other samples to calibrate on out of all that there are, and measures on those
+that are left; without samples it makes up others (``--seed``). Two Markdown tables: of each network, and of their mean,
+what the step adds to the agreement with the float model (points) and to the divergence of the outputs (times 1000), as
+the mean over the draws with its standard error.
 
-Exit status 1 where, on the mean of the networks, splitting lowers the agreement or raises the divergence.
+Exit status 1 where, on the mean of the networks, the step lowers the agreement or raises the divergence.
 """
 
 import argparse
@@ -19,7 +21,11 @@ from accuracy import head, row, scores
 from networks import Network, add_options, compare, networks, outputs
 from numpy.typing import NDArray
 
-RATIOS = (0.0, 0.05)
+STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "splitting": ({"ratio": 0}, {"ratio": 0.05}),
+    "propagation": ({"ratio": 0.05, "error_propagation": False}, {"ratio": 0.05}),
+}
+"""Options without a step and with it."""
 
 
 def drawn(network: Network, number: int) -> Network:
@@ -31,7 +37,7 @@ def drawn(network: Network, number: int) -> Network:
     return replace(network, calibration=everything[order[:count]], images=everything[order[count:]], labels=none)
 
 
-def gains(network: Network, widths: list[int], draws: int, samples: bool) -> NDArray[np.float64]:
+def gains(network: Network, step: str, widths: list[int], draws: int, samples: bool) -> NDArray[np.float64]:
     """(widths, draws, 2): points of agreement, and divergence times 1000."""
     made = np.zeros((len(widths), draws, 2))
     for number in range(draws):
@@ -39,7 +45,7 @@ def gains(network: Network, widths: list[int], draws: int, samples: bool) -> NDA
         options: dict[str, Any] = {"calibrate": True} if samples else {"seed": number}
         reference = outputs(here.model, here.images)
         for place, bits in enumerate(widths):
-            found = [scores(here, bits, {"ratio": ratio, **options}) for ratio in RATIOS]
+            found = [scores(here, bits, {**given, **options}) for given in STEPS[step]]
             before, after = (compare(reference, each, here.labels) for each in found)
             made[place, number] = after.agreement - before.agreement, after.divergence - before.divergence
     return made
@@ -54,6 +60,7 @@ def told(values: NDArray[np.float64]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, ("resnet20", "squeezenet", "kws", "mobilenet", "vit"))
+    parser.add_argument("--of", choices=STEPS, default="splitting", help="the step")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--draws", type=int, default=5, help="two at least")
     arguments = parser.parse_args()
@@ -64,8 +71,11 @@ def main() -> int:
     broken = 0
     for samples in (False, True):
         print(f"\n{'With' if samples else 'Without'} samples, {arguments.draws} draws:\n")
-        head("ratio 0.05 less 0, agreement / divergence", arguments.bits)
-        found = {network.name: gains(network, arguments.bits, arguments.draws, samples) for network in everything}
+        head(f"{arguments.of}, agreement / divergence", arguments.bits)
+        found = {
+            network.name: gains(network, arguments.of, arguments.bits, arguments.draws, samples)
+            for network in everything
+        }
         found["mean"] = np.mean(list(found.values()), axis=0)
         for name, widths in found.items():
             row(name, [told(values) for values in widths])
