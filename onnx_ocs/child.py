@@ -35,7 +35,7 @@ FORKS = sys.platform == "linux"
 
 _SILENT: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
 
-MODULES = ("calibrate", "moments", "optimized", "synthetic", "verify")
+MODULES = ("calibrate", "moments", "optimized", "propagation", "synthetic", "verify")
 """Those with work for a child, of this package."""
 
 Report = Callable[[str], None]

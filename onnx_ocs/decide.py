@@ -34,11 +34,15 @@ from onnx_ocs.passes.plan_streams import PlanStreams
 from onnx_ocs.passes.select_layers import SelectLayers
 from onnx_ocs.passes.write_plainly import WritePlainly
 from onnx_ocs.plans import LayerPlan
+from onnx_ocs.propagation import Propagation, is_noisy
 from onnx_ocs.recipe import Recipe
 from onnx_ocs.run import Run
 from onnx_ocs.synthetic import COUNT, PICTURES, picture_axis
 
 MADE_UP = "weights were rounded by synthetic samples; real ones (--calibrate) do better"
+
+FOLLOWED = 4 * COUNT
+"""Made-up samples, if they are so many, that errors are followed on where most layers are convolutions."""
 
 OTHERWISE = "--round assumed does without it"
 
@@ -82,8 +86,13 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
             f"the statistics do not cover {missing} tensors that target {recipe.target} quantizes, so that the layers "
             f"around them may not run on integers; calibrate again with --target {recipe.target}"
         )
+    follower = work.follower = _follower(run, model, work, rounding.pictures)
     for step in _steps(recipe, grid, rounding, bool(work.tensors)):
         work.plans = step.apply(work)
+    if follower is not None:
+        follower.close()
+    if follower is not None and follower.failure is not None:
+        run.notes.append(f"weights do not make up for the errors of layers before them: {follower.failure}")
     if blocks.block is not None and not any(plan.block for plan in work.plans):
         run.notes.append("no weight has a scale for each block (--block)")
     if uncovered := sum(plan.float_data == UNCOVERED for plan in work.plans):
@@ -232,7 +241,7 @@ def _gathered(run: Run, model: Model, layers: Sequence[Contraction]) -> dict[str
     """Convolutions see many positions of each sample; layers that see one take more samples, where these are small."""
     dense = [layer for layer in layers if layer.window is None]
     convolutions = [layer for layer in layers if layer.window is not None]
-    samples = run.samples_made_up(None if dense else COUNT)
+    samples = run.samples_made_up(None)
     made: dict[str, moments.Stored] = {}
     for some, limit in ((convolutions, COUNT), (dense, None)):
         folder = Path(tempfile.mkdtemp(dir=run.known.folder))
@@ -240,6 +249,31 @@ def _gathered(run: Run, model: Model, layers: Sequence[Contraction]) -> dict[str
             model, some, samples, folder, limit, run.recipe.batch, timeout=run.timeout, without=OTHERWISE
         )
     return made
+
+
+def _follower(run: Run, model: Model, work: Work, pictures: bool) -> Propagation | None:
+    """Where errors are followed through the layers: where some are rounded by samples.
+
+    What errors do to made-up samples is what they do to real ones where these are ``pictures`` and no layer is grouped:
+    the few weights of a depthwise kernel would make up for what only made-up samples meet.
+    """
+    recipe, active = run.recipe, [plan for plan in work.plans if not plan.declined]
+    layers = {
+        plan.layer.node.outputs[0].name: plan.contraction
+        for plan in active
+        if plan.contraction is not None and plan.contraction.inputs <= moments.LARGEST
+    }
+    real = bool(work.stored) and recipe.needs_moments
+    alike = bool(work.synthetic) and pictures and all(plan.layer.groups == 1 for plan in active)
+    if not recipe.error_propagation or not (real or alike) or len(layers) < 2 or is_noisy(model):
+        return None
+    samples, limit = run.calibration.samples, recipe.calibration_samples
+    if not real:
+        dense = sum(layer.window is None for layer in layers.values()) > len(layers) / 2
+        samples, limit = run.samples_made_up(None), None if dense else FOLLOWED
+    assert isinstance(samples, Path)
+    folder = Path(tempfile.mkdtemp(dir=run.folder))
+    return Propagation(model, layers, samples, folder, limit, recipe.batch, run.timeout)
 
 
 def _fold(run: Run, model: Model, work: Work) -> int:

@@ -155,7 +155,7 @@ def observe(request: Request, say: child.Report) -> dict[str, Any]:
         say(f"gathering second moments of {request.name}")
         found = run_samples(session, batch.feed, request.name)
         for layer, recorder in zip(layers, recorders, strict=True):
-            values, window = found[_exposed(layer.tensor)], _window(layer.window)
+            values, window = found[_exposed(layer.tensor)], window_of(layer.window)
             if not _is_finite(values):
                 raise BadSamples(f"{request.samples}: {not_finite(batch, samples, broken, request.name)}")
             times = 1
@@ -182,7 +182,8 @@ def _is_finite(values: NDArray[np.float32]) -> bool:
     return math.isfinite(float(values.sum(dtype=np.float64)))
 
 
-def _window(plain: Mapping[str, Any] | None) -> Window | None:
+def window_of(plain: Mapping[str, Any] | None) -> Window | None:
+    """Of :attr:`Contraction.window`."""
     if plain is None:
         return None
     figures = {name: tuple(value) for name, value in plain.items() if name != "auto_pad"}

@@ -157,6 +157,11 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="biases make up for the mean error of the outputs, where samples tell it (on)",
     )
+    parser.add_argument(
+        "--error-propagation",
+        action=argparse.BooleanOptionalAction,
+        help="weights that are rounded by samples make up for the errors of the layers before theirs (on)",
+    )
     grain = parser.add_mutually_exclusive_group()
     grain.add_argument(
         "--per-channel", action="store_true", dest="per_channel", help="a scale per output channel (default)"

@@ -15,6 +15,7 @@ from onnx_ocs.graph.qdq import DataGrid
 from onnx_ocs.graph.streams import Ids, Stream
 from onnx_ocs.numerics.cost import Cost, Room
 from onnx_ocs.numerics.grid import Grid
+from onnx_ocs.numerics.integers import Rounded
 from onnx_ocs.numerics.split import SplitPlan
 from onnx_ocs.numerics.weights import Axes
 
@@ -101,6 +102,7 @@ class LayerPlan:
     planned: NDArray[np.float64] | None = None  # () or (outputs,), the threshold that was chosen with the splits
     threshold: NDArray[np.float64] | None = None  # () or (outputs,); in blocks as Axes has it
     step: NDArray[np.float32] | None = None  # of the same shape
+    rounded: Rounded | None = None  # the weight, where it is known before the graph is edited
     narrowed: int = 0  # thresholds that were raised, so that no sum of two products saturates
     rounding: str = "nearest"
     rounding_reason: str | None = None  # why it is not the one that was asked for

@@ -47,6 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "allocate": "uniform",
         "round": "nearest",
         "bias_correction": False,
+        "error_propagation": False,
         "first": "float",
         "quantize_ops": ("Conv", "ConvTranspose"),
         "fold": "never",
@@ -72,6 +73,7 @@ class Recipe:
     clip: str = "auto"
     round: str = "auto"
     bias_correction: bool = True
+    error_propagation: bool = True
     per_channel: bool = True
     block: int | None = None
     split: str = "qa"

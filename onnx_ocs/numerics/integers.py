@@ -42,6 +42,36 @@ class Task:
 NEAREST = Task()
 
 
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """A weight as integers."""
+
+    integers: NDArray[np.int8]  # of the copies
+    step: NDArray[np.float32]  # on which they are read
+    sqnr_db: float  # of the weight that they stand for
+
+
+def rounded(
+    weight: NDArray[Any],
+    wanted: NDArray[Any],
+    plans: tuple[SplitPlan, ...],
+    axes: Axes,
+    step: NDArray[np.float32],
+    bits: int,
+    aware: bool,
+    task: Task = NEAREST,
+) -> Rounded:
+    """The integers of ``wanted``, which stands for ``weight``, and the step that becomes of theirs."""
+    integers, sqnr = split_integers(wanted, plans, axes, step, bits, aware, task)
+    refits = task.moments is not None and axes.block is None
+    if refits:
+        assert task.moments is not None
+        step = refitted_step(wanted, integers, plans, axes, step, task.moments)
+    if refits or wanted is not weight:
+        sqnr = weight_sqnr(weight, integers, plans, axes, step)
+    return Rounded(integers, step, sqnr)
+
+
 def split_integers(
     weight: NDArray[Any],
     plans: tuple[SplitPlan, ...],
@@ -152,12 +182,19 @@ def refitted_step(
     return np.asarray(step * gain, np.float32)
 
 
+def read_weight(
+    integers: NDArray[Any], plans: tuple[SplitPlan, ...], axes: Axes, step: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """The weight that the integers of the copies stand for."""
+    whole = _recombined(integers, plans, axes)
+    return np.asarray(whole * shaped_step(step, axes, whole.ndim, plans), np.float64)
+
+
 def weight_sqnr(
     weight: NDArray[Any], integers: NDArray[Any], plans: tuple[SplitPlan, ...], axes: Axes, step: NDArray[np.float32]
 ) -> float:
     """The signal-to-noise ratio in dB of the weight that the integers of the copies stand for."""
-    whole = _recombined(integers, plans, axes)
-    error = whole * shaped_step(step, axes, weight.ndim, plans).astype(np.float64) - weight
+    error = read_weight(integers, plans, axes, step) - weight
     return decibels(_energy(weight.astype(np.float64)), _energy(error))
 
 
@@ -177,9 +214,12 @@ def mean_shift(
         integers: of the copies.
         mean: (groups, n), E x of the data of each group.
     """
-    wide = shaped_step(step, axes, weight.ndim, plans)
-    whole = _recombined(integers, plans, axes)
-    rows = grouped(weight - whole * wide, axes)
+    return mean_output(weight - read_weight(integers, plans, axes, step), axes, mean)
+
+
+def mean_output(weight: NDArray[Any], axes: Axes, mean: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(outputs,), ``w E x`` for the data of each group, (groups, n); the outputs of all groups behind each other."""
+    rows = grouped(weight, axes)
     return np.stack([part.reshape(len(part), -1) @ middle for part, middle in zip(rows, mean, strict=True)]).reshape(-1)
 
 

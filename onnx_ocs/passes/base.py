@@ -14,20 +14,34 @@ from onnx_ocs.graph.observe import Observed
 from onnx_ocs.graph.predicted import NOTHING, Predicted
 from onnx_ocs.numerics.assumed import SHARE, Assumed, tempered
 from onnx_ocs.numerics.batchnorm import clipped_normal
-from onnx_ocs.numerics.integers import Task
+from onnx_ocs.numerics.drift import Drift, making_up
+from onnx_ocs.numerics.integers import Rounded, Task, mean_output, mean_shift, read_weight
 from onnx_ocs.numerics.moments import Moments
 from onnx_ocs.numerics.planning import Inputs, assumed
 from onnx_ocs.numerics.rounding import BY_MOMENTS, Factor, factorized
-from onnx_ocs.numerics.split import along, joined
+from onnx_ocs.numerics.split import along, joined, recombine
 from onnx_ocs.numerics.statistics import Statistics
-from onnx_ocs.numerics.weights import by_group
+from onnx_ocs.numerics.weights import by_group, grouped, ungrouped
 from onnx_ocs.plans import LayerPlan, TensorPlan, Widened
+
+GATHERED = {"hessian", "synthetic"}
+"""Roundings by second moments that samples tell."""
 
 
 class StoredMoments(Protocol):
     """Moments that are read when they are used."""
 
     def load(self) -> Moments: ...
+
+
+class Follower(Protocol):
+    """The drift of the data of layers, which are asked for in their order, by what each makes."""
+
+    def drift(self, output: str) -> Drift | None: ...
+
+    def follow(
+        self, output: str, weight_input: int, weight: NDArray[Any], data_type: int, added: NDArray[Any] | None
+    ) -> None: ...
 
 
 @dataclass
@@ -42,6 +56,7 @@ class Work:
     stored: Mapping[str, StoredMoments] = field(default_factory=dict)  # by Contraction.key
     synthetic: Mapping[str, StoredMoments] = field(default_factory=dict)  # of made-up samples, to round weights by
     share: float = SHARE  # of what is assumed, in those
+    follower: Follower | None = None  # where errors are followed through the layers
     predicted: Mapping[str, Predicted] = field(default_factory=dict)  # by tensor
     is_real: bool = True  # what statistics and moments are of, and not made up
     _task: tuple[Any, Task] | None = None
@@ -156,6 +171,64 @@ class Work:
         if (mean == mean[0]).all() and (variance == variance[0]).all():
             mean, variance = mean[:1], variance[:1]
         return Assumed(mean, variance, plan.kernel)
+
+    def drift(self, plan: LayerPlan) -> Drift | None:
+        """What the layers in front do to the data that :meth:`values` are multiplied by; None where nothing tells.
+
+        Layers are asked for in their order, each once it is known how those before it are rounded.
+        """
+        if self.follower is None or plan.rounding not in GATHERED:
+            return None
+        found = self.follower.drift(plan.layer.node.outputs[0].name)
+        foreign = plan.rounding == "synthetic" and self._known(plan) is not None  # what is known is of real data
+        if found is None or foreign or plan.static_extra != plan.extra:
+            return None
+        return found.taken(plan.outputs) if plan.layer.groups > 1 and plan.outputs is not None else found
+
+    def making_up(self, plan: LayerPlan, weight: NDArray[Any], drift: Drift) -> NDArray[np.float64]:
+        """The weight that makes up for the drift of its data."""
+        synthetic, cross = plan.rounding == "synthetic", drift.about(plan.corrected)
+        moments = self.moments(plan, synthetic)
+        assert moments is not None
+        rows = grouped(weight.astype(np.float64), plan.axes)
+        made = making_up(rows.reshape(*rows.shape[:2], -1), cross, moments.about(plan.corrected), synthetic)
+        return ungrouped(made.reshape(rows.shape), plan.axes, weight.shape)
+
+    def shift(self, plan: LayerPlan, made: Rounded, drift: Drift | None = None) -> NDArray[np.float64]:
+        """(outputs,), what the bias of a layer makes up for: the mean of what its weight loses, and its data."""
+        mean = self.mean(plan)
+        assert mean is not None
+        shift = mean_shift(self.values(plan), made.integers, plan.splits, plan.axes, made.step, mean)
+        if drift is not None and plan.rounding == "hessian" and self.is_real:
+            read = read_weight(made.integers, plan.splits, plan.axes, made.step)
+            shift += mean_output(read, plan.axes, drift.lost)
+        return shift
+
+    def followed(self, plan: LayerPlan, drift: Drift | None) -> LayerPlan:
+        """The plan, with the shift of its bias, once those behind it are told how it is rounded.
+
+        Layers whose channels are shares of others are taken to be as the float model has them.
+        """
+        assert self.follower is not None
+        assert plan.rounded is not None
+        made, layer, axes = plan.rounded, plan.layer, plan.axes
+        plan = replace(plan, shift=self.shift(plan, made, drift)) if plan.corrected else plan
+        if plan.contraction is None or plan.shares is not None or len(plan.data_splits) > 1:
+            return plan
+        weight, added = read_weight(made.integers, plan.splits, axes, made.step), plan.shift
+        if plan.data_splits:
+            (split,) = plan.data_splits
+            weight = recombine(weight * along(split.gain, axes.input, weight.ndim), split, axes.input)
+        if plan.outputs is not None:
+            assert layer.output_axis is not None
+            first = np.unique(plan.outputs, return_index=True)[1]
+            weight = weight.take(first, layer.output_axis)
+            added = None if added is None else added[first]
+        if added is not None and layer.kernel:
+            added = along(added, 0, weight.ndim - 1)
+        output, kind = layer.node.outputs[0].name, layer.weight.data_type
+        self.follower.follow(output, layer.weight_input, weight, kind, added)
+        return plan
 
     def readers(self) -> Mapping[tuple[Any, ...], int]:
         """How many layers will read each new weight."""

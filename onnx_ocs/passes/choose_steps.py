@@ -1,5 +1,6 @@
 """The threshold of each layer's weights, and so the step of its grid."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -7,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_ocs.graph.streams import is_depthwise
+from onnx_ocs.numerics.drift import Drift
 from onnx_ocs.numerics.grid import Grid
-from onnx_ocs.numerics.integers import least_error_threshold, split_integers
+from onnx_ocs.numerics.integers import least_error_threshold, rounded, split_integers
 from onnx_ocs.numerics.rounding import BY_MOMENTS
 from onnx_ocs.numerics.saturation import kernel_order, row_sums, widened
 from onnx_ocs.numerics.weights import choose_threshold
@@ -38,27 +40,44 @@ class ChooseSteps:
 
     def apply(self, work: Work) -> list[LayerPlan]:
         chosen: dict[Any, LayerPlan] = {}
-        return [plan if plan.declined else self._visit(work, plan, chosen) for plan in work.plans]
+        readers = Counter(plan.layer.weight.key for plan in work.plans)
+        return [
+            plan if plan.declined else self._visit(work, plan, chosen, readers[plan.layer.weight.key] == 1)
+            for plan in work.plans
+        ]
 
-    def _visit(self, work: Work, plan: LayerPlan, chosen: dict[Any, LayerPlan]) -> LayerPlan:
+    def _visit(self, work: Work, plan: LayerPlan, chosen: dict[Any, LayerPlan], alone: bool) -> LayerPlan:
+        """``alone``: no other layer reads the weight."""
         most = self._most(plan)
         key = (*plan.key, most)
+        drift = work.drift(plan) if alone else None
         if key not in chosen:
-            assert plan.bits is not None
-            threshold = self._threshold(work, plan)
-            raised = threshold if most is None else self._raised(work, plan, threshold, most)
-            narrowed = int(np.count_nonzero(raised > threshold))
-            chosen[key] = replace(plan, threshold=raised, step=Grid(plan.bits).step(raised), narrowed=narrowed)
+            chosen[key] = self._chosen(work, plan, drift, most)
         same = chosen[key]
-        return replace(plan, threshold=same.threshold, step=same.step, narrowed=same.narrowed)
+        plan = replace(plan, threshold=same.threshold, step=same.step, narrowed=same.narrowed, rounded=same.rounded)
+        return plan if work.follower is None else work.followed(plan, drift)
 
-    def _threshold(self, work: Work, plan: LayerPlan) -> NDArray[np.float64]:
+    def _chosen(self, work: Work, plan: LayerPlan, drift: Drift | None, most: int | None) -> LayerPlan:
+        bits = plan.bits
+        assert bits is not None
+        weight = work.values(plan)
+        wanted = weight if drift is None else work.making_up(plan, weight, drift)
+        threshold = self._threshold(work, plan, wanted)
+        raised = threshold if most is None else self._raised(work, plan, wanted, threshold, most)
+        step, narrowed = Grid(bits).step(raised), int(np.count_nonzero(raised > threshold))
+        plan = replace(plan, threshold=raised, step=step, narrowed=narrowed)
+        if work.follower is None:
+            return plan
+        task = work.task(plan)
+        made = rounded(weight, wanted, plan.splits, plan.axes, step, bits, self.aware, task)
+        return replace(plan, rounded=made)
+
+    def _threshold(self, work: Work, plan: LayerPlan, weight: NDArray[Any]) -> NDArray[np.float64]:
         assert plan.bits is not None
         clip = plan.given.get("clip", self.clip)
         chosen, moments = clip == "auto", plan.rounding in BY_MOMENTS
         if chosen and not moments and plan.planned is not None:
             return plan.planned
-        weight = work.values(plan)
         clip = "none" if chosen else clip
         threshold = choose_threshold(weight, plan.splits, plan.axes, plan.per_channel, clip, plan.bits)
         if not chosen or not moments or plan.block is not None:
@@ -73,10 +92,12 @@ class ChooseSteps:
         most = data.limits[1] if data.unsigned else data.limits[1] + 128
         return most if layer.node.op in PAIRED and layer.weight_input == 1 else None
 
-    def _raised(self, work: Work, plan: LayerPlan, threshold: NDArray[np.float64], most: int) -> NDArray[np.float64]:
+    def _raised(
+        self, work: Work, plan: LayerPlan, weight: NDArray[Any], threshold: NDArray[np.float64], most: int
+    ) -> NDArray[np.float64]:
         assert plan.bits is not None
         assert plan.axes.output is not None
-        weight, grid, least = work.values(plan), Grid(plan.bits), threshold
+        grid, least = Grid(plan.bits), threshold
         for _ in range(ROUNDS):
             step = grid.step(threshold)
             integers, _ = split_integers(weight, plan.splits, plan.axes, step, plan.bits, self.aware, work.task(plan))

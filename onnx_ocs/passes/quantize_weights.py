@@ -3,13 +3,11 @@
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import numpy as np
 import onnx_graphsurgeon as gs
-from numpy.typing import NDArray
 
 from onnx_ocs.graph.integers import TYPES, packed
 from onnx_ocs.graph.qdq import dequantize
-from onnx_ocs.numerics.integers import mean_shift, refitted_step, split_integers, weight_sqnr
+from onnx_ocs.numerics.integers import Rounded, rounded
 from onnx_ocs.passes.base import Work
 from onnx_ocs.plans import LayerPlan
 
@@ -39,26 +37,22 @@ class QuantizeWeights:
             edit.set_number(layer.scope, layer.node, "transB", 0)
         assert plan.threshold is not None
         assert plan.step is not None
-        threshold = plan.threshold * (written.step / plan.step)
-        plan = replace(plan, threshold=threshold, step=written.step, sqnr_db=written.sqnr_db)
-        return replace(plan, shift=self._shift(work, plan, written.integers)) if plan.corrected else plan
-
-    def _shift(self, work: Work, plan: LayerPlan, integers: NDArray[Any]) -> NDArray[np.float64]:
-        mean = work.mean(plan)
-        assert mean is not None
-        assert plan.step is not None
-        return mean_shift(work.values(plan), integers, plan.splits, plan.axes, plan.step, mean)
+        step = written.rounded.step
+        threshold, sqnr = plan.threshold * (step / plan.step), written.rounded.sqnr_db
+        plan = replace(plan, threshold=threshold, step=step, sqnr_db=sqnr, rounded=None)
+        if not plan.corrected or plan.shift is not None:
+            return plan
+        return replace(plan, shift=work.shift(plan, written.rounded))
 
     def _written(self, work: Work, plan: LayerPlan, readers: int) -> "_Written":
         layer, edit, axes = plan.layer, work.editor, plan.axes
         assert plan.step is not None
         assert plan.bits is not None
-        weight, task, step = work.values(plan), work.task(plan), plan.step
-        integers, sqnr = split_integers(weight, plan.splits, axes, step, plan.bits, self.aware, task)
-        if task.moments is not None and plan.block is None:
-            step = refitted_step(weight, integers, plan.splits, axes, step, task.moments)
-            sqnr = weight_sqnr(weight, integers, plan.splits, axes, step)
-        stored, steps = (integers.T, step.T) if plan.turned else (integers, step)
+        made = plan.rounded
+        if made is None:
+            weight = work.values(plan)
+            made = rounded(weight, weight, plan.splits, axes, plan.step, plan.bits, self.aware, work.task(plan))
+        stored, steps = (made.integers.T, made.step.T) if plan.turned else (made.integers, made.step)
         name, width = layer.weight.tensor.name, plan.storage
         tensor = edit.model.tensor(name, TYPES[width], stored.shape, packed(stored, width))
         home = layer.weight.home
@@ -67,7 +61,7 @@ class QuantizeWeights:
         axis = (layer.output_axis or 0) if plan.block is None else layer.input_axis
         axis = 1 - axis if plan.turned else axis
         read = dequantize(edit, home, tensor, steps, axis, layer.weight.data_type, before, plan.block)
-        return _Written(read, integers, step, sqnr)
+        return _Written(read, made)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +69,4 @@ class _Written:
     """A weight as it now is in the graph."""
 
     read: gs.Variable
-    integers: NDArray[Any]
-    step: NDArray[np.float32]
-    sqnr_db: float
+    rounded: Rounded
