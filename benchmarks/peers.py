@@ -106,7 +106,7 @@ class Apart(Quantizer):
         asked = {"peer": self.peer, "method": self.method, "model": network.model, "bits": bits, "data": data, **paths}
         request.write_text(json.dumps(asked, default=str))
         script = Path(__file__).with_name("quantize_by.py")
-        command = [self.python, str(script), str(request), str(answer)]
+        command = [self.python, "-I", str(script), str(request), str(answer)]  # tensorrt is not that beside the script
         ended = subprocess.run(command, capture_output=True, text=True)
         if not answer.exists():
             raise NotPossible((ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"])[-1])
