@@ -91,8 +91,8 @@ def decide(run: Run, model: Model) -> tuple[Work, list[Declined]]:
         work.plans = step.apply(work)
     if follower is not None:
         follower.close()
-    if follower is not None and follower.failure is not None:
-        run.notes.append(f"weights do not make up for the errors of layers before them: {follower.failure}")
+        if follower.failure is not None:
+            run.notes.append(f"weights do not make up for the errors of layers before them: {follower.failure}")
     if blocks.block is not None and not any(plan.block for plan in work.plans):
         run.notes.append("no weight has a scale for each block (--block)")
     if uncovered := sum(plan.float_data == UNCOVERED for plan in work.plans):
@@ -241,7 +241,7 @@ def _gathered(run: Run, model: Model, layers: Sequence[Contraction]) -> dict[str
     """Convolutions see many positions of each sample; layers that see one take more samples, where these are small."""
     dense = [layer for layer in layers if layer.window is None]
     convolutions = [layer for layer in layers if layer.window is not None]
-    samples = run.samples_made_up(None)
+    samples = run.samples_made_up()
     made: dict[str, moments.Stored] = {}
     for some, limit in ((convolutions, COUNT), (dense, None)):
         folder = Path(tempfile.mkdtemp(dir=run.known.folder))
@@ -270,7 +270,7 @@ def _follower(run: Run, model: Model, work: Work, pictures: bool) -> Propagation
     samples, limit = run.calibration.samples, recipe.calibration_samples
     if not real:
         dense = sum(layer.window is None for layer in layers.values()) > len(layers) / 2
-        samples, limit = run.samples_made_up(None), None if dense else FOLLOWED
+        samples, limit = run.samples_made_up(), None if dense else FOLLOWED
     assert isinstance(samples, Path)
     folder = Path(tempfile.mkdtemp(dir=run.folder))
     return Propagation(model, layers, samples, folder, limit, recipe.batch, run.timeout)

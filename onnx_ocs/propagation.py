@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper
 
 from onnx_ocs import child
 from onnx_ocs.errors import OcsError, RuntimeFailed
 from onnx_ocs.graph.contraction import Contraction
-from onnx_ocs.graph.model import Model, numpy_type
-from onnx_ocs.graph.pieces import Pieces, every_node, with_constants
+from onnx_ocs.graph.model import Model, graphs, numpy_type
+from onnx_ocs.graph.pieces import Pieces, with_constants
 from onnx_ocs.graph.samples import Feed, read_samples
 from onnx_ocs.graph.session import Session, run_samples
 from onnx_ocs.moments import window_of
@@ -195,8 +194,8 @@ class Propagation:
 
 def is_noisy(model: Model) -> bool:
     """Whether two runs on the same data may differ; Dropout does nothing unless an input says that it is training."""
-    bodies = [model.proto.graph, *model.proto.functions]
-    nodes = [node for body in bodies for node in every_node(body)]
+    every = [graph for body in (model.proto.graph, *model.proto.functions) for graph in graphs(body)]
+    nodes = [node for graph in every for node in graph.node]
     training = any(node.op_type == "Dropout" and len(node.input) > 2 and node.input[2] for node in nodes)
     return training or any(node.op_type in NOISY or node.op_type.startswith("Random") for node in nodes)
 
@@ -204,7 +203,6 @@ def is_noisy(model: Model) -> bool:
 def observe(request: Request, say: child.Report) -> dict[str, Any]:
     """Run all samples, write what is left of each batch, and the drift of layers; this is what the child does."""
     say(f"following errors through the layers of {request.name}")
-    ort.set_seed(0)  # of nodes that are random
     layers = [Contraction(**layer) for layer in request.layers]
     recorders = [DriftRecorder(layer.groups, layer.inputs) for layer in layers]
     sessions = [Session(Path(path)) for path in (request.exact, request.follower)]

@@ -64,7 +64,7 @@ class Known:
     folder: Path  # where moments are kept
     seen: calibrate.Seen | None = None
     moments: dict[str, Stored] | None = None
-    made: dict[int | None, Path] = field(default_factory=dict)  # samples to round weights by, by their number
+    made: Path | None = None  # samples to round weights by
     unmade: str | None = None  # why there are none
     synthetic: dict[str, Stored] = field(default_factory=dict)  # moments of these
 
@@ -104,22 +104,19 @@ class Run:
         corrects = self.recipe.corrects and not self.calibration.synthetic
         return (self.recipe.needs_moments or corrects) and self.calibration.samples is not None
 
-    def samples_made_up(self, count: int | None) -> Path:
-        """At least ``count`` samples that are made up, or as many as to round by: those of calibration, or others.
+    def samples_made_up(self) -> Path:
+        """Samples that are made up, those of calibration, or others, as many as to round by.
 
         Raises:
             BadSamples: the model runs on none that could be thought of.
             RuntimeFailed: it crashed or ran out of time.
         """
-        samples = self.calibration.samples
+        samples, known = self.calibration.samples, self.known
         if self.calibration.synthetic and isinstance(samples, Path):
             return samples
-        made = self.known.made
-        found = made.get(count, made.get(None))
-        if found is None:
-            here = self.known.folder / f"made.{count}"
-            found = made[count] = made_up(self.source, self.folder, here, count, self.recipe.seed, self.timeout)
-        return found
+        if known.made is None:
+            known.made = made_up(self.source, self.folder, known.folder / "made", None, self.recipe.seed, self.timeout)
+        return known.made
 
     def mark(self, model: Model) -> str:
         """By which statistics of the source are known again: ranges are others once they were evened out."""

@@ -20,7 +20,7 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from onnx_ocs.graph.model import Model, opset_of
+from onnx_ocs.graph.model import Model, graphs, opset_of
 
 G_LOGGER.severity = G_LOGGER.CRITICAL  # what it would say, the report says
 
@@ -113,7 +113,7 @@ class Editor:
             value.name: tuple(
                 dim.dim_value if dim.HasField("dim_value") else None for dim in value.type.tensor_type.shape.dim
             )
-            for graph in _graphs(inferred.graph)
+            for graph in graphs(inferred.graph)
             for value in (*graph.input, *graph.output, *graph.value_info)
             if value.type.tensor_type.HasField("shape")
         }
@@ -352,15 +352,6 @@ def _keep(items: Any, wanted: Callable[[Any], bool]) -> None:
     for index in reversed(range(len(items))):
         if not wanted(items[index]):
             del items[index]
-
-
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """``graph`` and all bodies in it."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for body in (attribute.g, *attribute.graphs):
-                yield from _graphs(body)
 
 
 def _results(proto: onnx.GraphProto | onnx.FunctionProto) -> Iterator[str]:

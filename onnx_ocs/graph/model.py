@@ -304,5 +304,21 @@ def tensors(message: onnx.ModelProto | onnx.GraphProto | onnx.FunctionProto) -> 
             yield from tensors(graph)
 
 
+def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The graphs that a node holds: of If, Loop, Scan."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def graphs(body: onnx.GraphProto | onnx.FunctionProto) -> Iterator[Any]:
+    """``body`` and all bodies in it."""
+    yield body
+    for node in body.node:
+        for inner in bodies(node):
+            yield from graphs(inner)
+
+
 def _reference(tensor: onnx.TensorProto) -> str:
     return next((entry.value for entry in tensor.external_data if entry.key == BLOB), "")

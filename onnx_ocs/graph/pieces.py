@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import onnx
 from onnx import helper
 
-from onnx_ocs.graph.model import Model
+from onnx_ocs.graph.model import Model, bodies
 
 
 class Pieces:
@@ -103,20 +103,10 @@ def with_constants(node: onnx.NodeProto, inputs: dict[int, str], added: str | No
     return [made, helper.make_node("Add", [bare, added], [node.output[0]])]
 
 
-def every_node(body: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
-    """The nodes of a graph or a function, and those of the bodies in them."""
-    for node in body.node:
-        yield node
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from every_node(inner)
-
-
 def _read(node: onnx.NodeProto) -> Iterator[str]:
     """Names that a node reads, and those that bodies in it use, of which some may be their own."""
     yield from node.input
-    for attribute in node.attribute:
-        for body in (attribute.g, *attribute.graphs):
-            for inner in body.node:
-                yield from _read(inner)
-            yield from (value.name for value in body.output)
+    for body in bodies(node):
+        for inner in body.node:
+            yield from _read(inner)
+        yield from (value.name for value in body.output)

@@ -5,7 +5,6 @@ or holds it in a longer one, also where a function was unfolded or a layout chan
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from onnx_ocs.errors import RuntimeFailed
 from onnx_ocs.graph.editor import Editor
-from onnx_ocs.graph.model import Model
+from onnx_ocs.graph.model import Model, graphs
 from onnx_ocs.numerics.saturation import RowSums, kernel_order, row_sums
 from onnx_ocs.optimized import optimize
 
@@ -133,7 +132,7 @@ def choose_kernels(editor: Editor, folder: Path, timeout: float) -> Kernels:
         raise RuntimeFailed(mark.sub(lambda found: names[int(found[1])], told)) from None
     model = Model.load(target)
     kernels = Kernels(model, {})
-    for graph in _graphs(model.proto):
+    for graph in graphs(model.proto.graph):
         kernels.constants |= {tensor.name: tensor for tensor in graph.initializer}
         for proto in graph.node:
             kernels.makers |= dict.fromkeys(proto.output, proto)
@@ -156,15 +155,3 @@ def _rows(node: onnx.NodeProto, weight: NDArray[Any]) -> NDArray[Any] | None:
 
 def _at(node: onnx.NodeProto, index: int | None) -> str:
     return node.input[index] if index is not None and index < len(node.input) else ""
-
-
-def _graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
-    """Every graph of a model without functions: its own, and the bodies in it."""
-    waiting = [model.graph]
-    while waiting:
-        graph = waiting.pop()
-        yield graph
-        for node in graph.node:
-            for attribute in node.attribute:
-                waiting += [attribute.g] if attribute.HasField("g") else []
-                waiting += attribute.graphs

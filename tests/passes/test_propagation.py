@@ -128,9 +128,7 @@ def test_the_second_layer_is_that_of_a_model_with_the_weights_that_make_up():
         np.testing.assert_allclose(first.astype(np.float64), second.astype(np.float64), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize(
-    "text", [NOISE, SHARED, "g (float[16,8] x, float[8,4] w) => (float[16,4] y) { y = MatMul(x, w) }"]
-)
+@pytest.mark.parametrize("text", [NOISE, SHARED, ALONE])
 def test_where_nothing_can_be_made_up_for_the_weights_are_those_without(text):
     """Two runs of a noisy graph differ anyway; a weight that two layers read stands in front of both."""
     model = model_of(text)
