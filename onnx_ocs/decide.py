@@ -33,11 +33,12 @@ from onnx_ocs.passes.plan_splits import PlanSplits
 from onnx_ocs.passes.plan_streams import PlanStreams
 from onnx_ocs.passes.select_layers import SelectLayers
 from onnx_ocs.passes.write_plainly import WritePlainly
+from onnx_ocs.pictures import takes_pictures
 from onnx_ocs.plans import LayerPlan
 from onnx_ocs.propagation import Propagation, is_noisy
 from onnx_ocs.recipe import Recipe
 from onnx_ocs.run import Run
-from onnx_ocs.synthetic import COUNT, PICTURES, picture_axis
+from onnx_ocs.synthetic import COUNT
 
 MADE_UP = "weights were rounded by synthetic samples; real ones (--calibrate) do better"
 
@@ -133,8 +134,7 @@ def _steps(recipe: Recipe, grid: ChooseGrid, rounding: ChooseRounding, placed: b
 
 def rounding_of(recipe: Recipe, editor: Editor) -> ChooseRounding:
     """How weights are rounded; those that stay float are not, and have the threshold of the nearest integers."""
-    inputs = [(tensor.dtype, editor.shapes.get(tensor.name)) for tensor in editor.scopes[0].graph.inputs]
-    pictures = any(kind in PICTURES and picture_axis(shape or ()) is not None for kind, shape in inputs)
+    pictures = any(takes_pictures(editor, tensor) for tensor in editor.scopes[0].graph.inputs)
     name = "nearest" if recipe.float else recipe.round
     return ChooseRounding(name, recipe.bias_correction, recipe.bits, pictures)
 

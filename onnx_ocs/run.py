@@ -14,6 +14,7 @@ from onnx_ocs.graph.hints import table_lengths
 from onnx_ocs.graph.model import Model
 from onnx_ocs.graph.samples import Samples
 from onnx_ocs.moments import Stored
+from onnx_ocs.pictures import told_colours
 from onnx_ocs.recipe import Recipe
 from onnx_ocs.synthetic import make_samples
 
@@ -38,8 +39,9 @@ def made_up(source: Source, folder: Path, here: Path, count: int | None, seed: i
         RuntimeFailed: it crashed or ran out of time.
     """
     model = Model.load(source)
-    path, bounds = on_disk(source, model, folder / "source.onnx"), table_lengths(Editor(model))
-    return make_samples(path, model.name, here, count, seed, bounds, timeout)
+    path, editor = on_disk(source, model, folder / "source.onnx"), Editor(model)
+    bounds, colours = table_lengths(editor), told_colours(editor)
+    return make_samples(path, model.name, here, count, seed, bounds, colours, timeout)
 
 
 @dataclass(frozen=True)

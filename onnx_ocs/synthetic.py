@@ -1,6 +1,6 @@
 """Samples made of nothing but the inputs of a model: images of fallen leaves, others as verification has them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from onnx_ocs.errors import BadSamples
 from onnx_ocs.graph.samples import Feed, Guess, Input, generate
 from onnx_ocs.graph.session import Session
 from onnx_ocs.numerics.natural import natural_images
+from onnx_ocs.pictures import KINDS, WHITE, Colours, picture_axis
 from onnx_ocs.verify import working_guess
 
 COUNT = 32
@@ -22,18 +23,6 @@ MOST = 512
 
 VALUES = 2**22
 """Of all samples that are made then, as far as these bounds allow: 512 of 32 x 32 pixels, 32 of 224 x 224."""
-
-PICTURES = (np.float32, np.float16, np.float64)
-"""Types that pictures have."""
-
-COLOURS = (1, 3)
-"""Channels of what is taken for an image."""
-
-SMALLEST = 8
-"""Rows and columns that an image has at least."""
-
-UNLIKE = 2
-"""Times that one side of an image without colours is the other at most; spectrograms are longer, as a rule."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +35,7 @@ class Request:
     count: int | None
     seed: int
     bounds: dict[str, int]  # of integers that index a table
+    colours: dict[str, tuple[list[float], list[float]]]  # mean and deviation of pictures, where they are known
 
 
 def make_samples(
@@ -55,6 +45,7 @@ def make_samples(
     count: int | None,
     seed: int,
     bounds: dict[str, int],
+    colours: Mapping[str, Colours],
     timeout: float = child.TIMEOUT,
 ) -> Path:
     """A new folder with ``count`` samples that the model runs on; None: as many as to round weights by.
@@ -64,23 +55,10 @@ def make_samples(
         RuntimeFailed: it crashed or ran out of time.
     """
     folder.mkdir()
-    request = Request(str(model), name, str(folder), count, seed, bounds)
+    known = {name: (each.mean.tolist(), each.deviation.tolist()) for name, each in colours.items()}
+    request = Request(str(model), name, str(folder), count, seed, bounds, known)
     child.call("onnx_ocs.synthetic", asdict(request), timeout, "samples of your own (--calibrate) do without it")
     return folder
-
-
-def picture_axis(shape: Sequence[int | None]) -> int | None:
-    """The axis of the colours, 1 or 3, of an input that looks like pictures; None for others.
-
-    They have three colours, with sides that may be free, None; or one, and sides that are known and not too unlike.
-    """
-    for axis in (1, 3) if len(shape) == 4 else ():
-        colours, sides = shape[axis], [size for place, size in enumerate(shape) if place not in (0, axis)]
-        known = [size for size in sides if size is not None]
-        alike = len(known) == 2 and max(known) <= UNLIKE * min(known)
-        if colours in COLOURS and min(known, default=SMALLEST) >= SMALLEST and (colours > 1 or alike):
-            return axis
-    return None
 
 
 def make(request: Request, say: child.Report) -> dict[str, Any]:
@@ -110,10 +88,15 @@ def _feed(inputs: list[Input], guess: Guess, request: Request, rng: np.random.Ge
     feed = generate(inputs, guess, request.bounds, rng)
     for name, shape in ((source.name, source.shape) for source in inputs):
         values, axis = feed[name], picture_axis([size if isinstance(size, int) else None for size in shape])
-        if values.dtype in PICTURES and axis is not None and not guess.positive:
+        if values.dtype.type in KINDS and axis is not None and not guess.positive:
             count, channels, *sides = np.moveaxis(values, axis, 1).shape
-            images = natural_images(count, channels, (sides[0], sides[1]), rng)
-            feed[name] = np.moveaxis(images, 1, axis).astype(values.dtype)
+            images = np.moveaxis(natural_images(count, channels, (sides[0], sides[1]), rng), 1, axis)
+            if name in request.colours:
+                mean, deviation = (np.expand_dims(each, tuple(range(1, 4 - axis))) for each in request.colours[name])
+                images = mean + images * deviation
+            if values.dtype == np.uint8:
+                images = np.clip(np.rint(images), 0, WHITE)
+            feed[name] = images.astype(values.dtype)
     return feed
 
 

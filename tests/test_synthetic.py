@@ -9,7 +9,6 @@ import pytest
 
 from onnx_ocs import quantize
 from onnx_ocs.numerics.natural import natural_images
-from onnx_ocs.synthetic import picture_axis
 
 
 def test_pictures_have_the_spectrum_and_the_edges_of_natural_images():
@@ -77,20 +76,3 @@ def test_they_are_made_of_the_types_and_shapes_of_the_inputs():
 def test_they_are_for_want_of_real_ones(more, models):
     with pytest.raises(ValueError, match="synthetic"):
         quantize(models / "digits_resnet.onnx", **{"synthetic": 4, **more})
-
-
-@pytest.mark.parametrize(
-    ("shape", "axis"),
-    [
-        ((None, 3, None, None), 1),
-        ((1, 224, 224, 3), 3),
-        ((1, 1, 28, 28), 1),
-        ((1, 1, None, None), None),  # may be a spectrogram
-        ((1, 1, 49, 10), None),
-        ((1, 3, 4, 16), None),
-        ((None, 64), None),
-        ((None, 4, None, 64), None),  # heads of attention
-    ],
-)
-def test_pictures_have_three_colours_or_sides_that_are_alike(shape, axis):
-    assert picture_axis(shape) == axis

@@ -6,6 +6,7 @@ square, as in noise that is shaped so, but unlike such noise they have edges, wh
 """
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 LEAVES = 300
@@ -16,6 +17,16 @@ SMALLEST, LARGEST = 0.045, 0.35
 
 SHARED = 0.9
 """Of the variance of a channel, that all channels of a leaf have in common."""
+
+
+FITTED = 16
+"""Images that tell how much the outputs of a layer vary."""
+
+LARGEST_KERNEL = 32
+"""Rows or columns of the kernels that tell of the pictures before them; larger ones see more than a part of these."""
+
+RIDGE = 0.003
+"""Of what all outputs together say of the means of colours: how much 0 is preferred."""
 
 
 def natural_images(count: int, channels: int, sizes: tuple[int, int], rng: np.random.Generator) -> NDArray[np.float64]:
@@ -41,3 +52,40 @@ def _colours(count: int, channels: int, rng: np.random.Generator) -> NDArray[np.
     """(count, channels, 1, 1)."""
     drawn = rng.standard_normal((count, channels + 1, 1, 1))
     return np.asarray(np.sqrt(SHARED) * drawn[:, -1:] + np.sqrt(1 - SHARED) * drawn[:, :-1])
+
+
+def fit_colours(
+    weight: NDArray[np.float64],
+    mean: NDArray[np.float64],
+    variance: NDArray[np.float64],
+    dilations: tuple[int, ...],
+    sizes: tuple[int, int],
+) -> tuple[NDArray[np.float64], float] | None:
+    """Means, (C,), and the one variance of pictures on which a convolution has outputs with these means and variances.
+
+    The mean of an output is the sum of the means of the colours, each times the sum of its kernel, solved for by least
+    squares in deviations of the outputs. The variance is that which has the outputs of made-up pictures vary as much,
+    by the median over the outputs. None where kernels are too large for that, or no output varies.
+
+    Args:
+        weight: (M, C, rows, columns).
+        mean, variance: (M,), without the bias.
+        sizes: rows and columns of the pictures.
+    """
+    spans = [(size - 1) * each + 1 for size, each in zip(weight.shape[2:], dilations, strict=True)]
+    if max(spans) > min(LARGEST_KERNEL, *sizes):
+        return None
+    images = natural_images(FITTED, weight.shape[1], sizes, np.random.default_rng(0))
+    apart = max(1, min(sizes) // 16)
+    windows = sliding_window_view(images, spans, axis=(2, 3))[:, :, ::apart, ::apart, :: dilations[0], :: dilations[1]]
+    rows = windows.transpose(0, 2, 3, 1, 4, 5).reshape(-1, weight[0].size)
+    with np.errstate(all="ignore"):
+        unit = (rows @ weight.reshape(len(weight), -1).T).var(axis=0)
+        alive = (unit > 0) & (variance > 0) & np.isfinite(unit) & np.isfinite(mean)
+    if not alive.any():
+        return None
+    deviations = np.sqrt(variance[alive])
+    sums, wanted = weight.sum(axis=(2, 3))[alive] / deviations[:, None], mean[alive] / deviations
+    second = sums.T @ sums
+    second += RIDGE * max(float(np.trace(second)), np.finfo(np.float64).tiny) * np.eye(len(second))
+    return np.linalg.solve(second, sums.T @ wanted), float(np.median(variance[alive] / unit[alive]))

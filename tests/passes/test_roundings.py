@@ -244,11 +244,12 @@ def test_weights_that_stay_float_need_no_samples(monkeypatch):
     assert [row["round"] for row in inspect(model, bits=4)] == ["synthetic", "synthetic"]
 
 
-def test_pixels_that_are_integers_are_no_pictures():
-    text = """<ir_version: 8, opset_import: ["" : 17]>
-    g (uint8[N,3,16,16] x, float[8,3,3,3] w) => (float[N,8,H,W] y) { f = Cast<to = 1>(x) y = Conv(f, w) }"""
+@pytest.mark.parametrize(("kind", "rounding"), [("uint8", "synthetic"), ("int32", "assumed")])
+def test_bytes_are_pictures_and_other_integers_are_none(kind, rounding):
+    text = f"""<ir_version: 8, opset_import: ["" : 17]>
+    g ({kind}[N,3,16,16] x, float[8,3,3,3] w) => (float[N,8,H,W] y) {{ f = Cast<to = 1>(x) y = Conv(f, w) }}"""
     (row,) = quantize(with_weights(onnx.parser.parse_model(text)), bits=4, first="same").report["layers"]
-    assert row["round"] == "assumed"
+    assert row["round"] == rounding
 
 
 def test_a_transposed_convolution_is_no_dense_layer():
