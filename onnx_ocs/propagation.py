@@ -112,8 +112,7 @@ class Propagation:
         path = self._found.pop(output, None)
         if path is None or not path.exists():
             return None
-        with np.load(path) as arrays:
-            found = Drift(arrays["mean"], arrays["lost"], arrays["cross"])
+        found = Drift.load(path)
         if path not in self._found.values():
             path.unlink()
         return found
@@ -230,7 +229,7 @@ def observe(request: Request, say: child.Report) -> dict[str, Any]:
             break
     for number, recorder in enumerate(recorders):
         if (made := recorder.finish()) is not None:
-            np.savez(Path(request.after, f"drift.{number}.npz"), **vars(made))
+            made.save(Path(request.after, f"drift.{number}.npz"))
     return {"types": types}
 
 

@@ -8,19 +8,16 @@ same aim). The inverse is damped by much more than rounding needs: samples are f
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_ocs.numerics.moments import ROWS
+from onnx_ocs.numerics.moments import ROWS, MomentRecorder, Moments
 
-DAMPING = 0.3
-"""Of the mean of the second moments; of 0.01 to 1 it is about the best on the networks of benchmarks/accuracy.py."""
-
-
-DAMPING_MADE_UP, BELIEVED = 1.0, 0.4
-"""The same for made-up samples, and what share of what errors do to them is taken to be done to real ones."""
+DAMPING, DAMPING_MADE_UP = 0.3, 1.0
+"""Of the mean of the second moments, for samples and for made-up ones, which are not quite what the data is."""
 
 MOST = 0.5
 """Of the variance of y, that x - y has at most: beyond it rows may be of different things, by a TopK, say."""
@@ -30,17 +27,27 @@ MOST = 0.5
 class Drift:
     """Of the n inputs of each group of a layer: x in the float model, y where the layers in front are quantized."""
 
-    mean: NDArray[np.float64]  # (groups, n), E y
+    found: Moments  # of y
     lost: NDArray[np.float64]  # (groups, n), E[x - y]
     cross: NDArray[np.float64]  # (groups, n, n), the covariance of x - y and y
 
     def about(self, centered: bool) -> NDArray[np.float64]:
         """(groups, n, n), E[(x - y) y']; ``centered``: what is left of it once the bias makes up for the means."""
-        return self.cross if centered else self.cross + self.lost[:, :, None] * self.mean[:, None, :]
+        return self.cross if centered else self.cross + self.lost[:, :, None] * self.found.mean[:, None, :]
 
     def taken(self, groups: NDArray[np.int64]) -> "Drift":
         """Of these groups."""
-        return Drift(self.mean[groups], self.lost[groups], self.cross[groups])
+        assert self.found.second is not None
+        return Drift(Moments(self.found.mean[groups], self.found.second[groups]), self.lost[groups], self.cross[groups])
+
+    def save(self, path: Path) -> None:
+        assert self.found.second is not None
+        np.savez(path, mean=self.found.mean, second=self.found.second, lost=self.lost, cross=self.cross)
+
+    @classmethod
+    def load(cls, path: Path) -> "Drift":
+        with np.load(path) as arrays:
+            return cls(Moments(arrays["mean"], arrays["second"]), arrays["lost"], arrays["cross"])
 
 
 class DriftRecorder:
@@ -48,14 +55,16 @@ class DriftRecorder:
 
     def __init__(self, groups: int, inputs: int) -> None:
         self.is_comparable = True  # row by row
-        self._lost, self._sum = np.zeros((groups, inputs)), np.zeros((groups, inputs))
-        self._energy = np.zeros(2)  # of x - y, and of y about its middle
+        self._found = MomentRecorder(groups, inputs)
+        self._lost, self._away = np.zeros((groups, inputs)), np.zeros((groups, inputs))
+        self._energy = 0.0  # of x - y
         self._products = np.zeros((groups, inputs, inputs))
         self._middle: NDArray[np.float32] | None = None  # (groups, n), the mean of the first rows of y
         self._rows = 0
 
     def add(self, exact: NDArray[Any], found: NDArray[Any]) -> None:
         """(rows, groups, n) each, x and y; they may be views, of which parts are copied one after the other."""
+        self._found.add(found)
         step = max(1, ROWS // max(1, math.prod(exact.shape[1:])))
         for start in range(0, len(exact), step):
             some = np.array(found[start : start + step], np.float32, order="C")
@@ -64,22 +73,21 @@ class DriftRecorder:
                 self._middle = some.mean(axis=0, dtype=np.float64).astype(np.float32)
             some -= self._middle
             self._lost += lost.sum(axis=0, dtype=np.float64)
-            self._sum += some.sum(axis=0, dtype=np.float64)
+            self._away += some.sum(axis=0, dtype=np.float64)
             self._products += lost.transpose(1, 2, 0) @ some.transpose(1, 0, 2)
-            self._energy += [np.square(part).sum(dtype=np.float64) for part in (lost, some)]
+            self._energy += float(np.square(lost).sum(dtype=np.float64))
             self._rows += len(some)
 
     def finish(self) -> Drift | None:
         """Of all rows so far; None where there are none, or where x and y have little to do with each other."""
-        if not self._rows or self._middle is None or not self.is_comparable:
+        if not self._rows or not self.is_comparable:
             return None
-        of_means = [np.square(part).sum() / self._rows for part in (self._lost, self._sum)]
-        spread = self._energy - of_means  # times the rows
-        if not max(spread[0], 0) <= MOST * max(spread[1], 0) < np.inf:
+        found, lost = self._found.finish(), self._lost / self._rows
+        spread = float(np.trace(found.about(True), axis1=1, axis2=2).sum())
+        if not max(self._energy / self._rows - np.square(lost).sum(), 0) <= MOST * max(spread, 0) < np.inf:
             return None
-        lost, away = self._lost / self._rows, self._sum / self._rows
-        cross = self._products / self._rows - lost[:, :, None] * away[:, None, :]
-        return Drift(away + self._middle, lost, cross)
+        cross = self._products / self._rows - lost[:, :, None] * (self._away / self._rows)[:, None, :]
+        return Drift(found, lost, cross)
 
 
 def making_up(
@@ -90,11 +98,10 @@ def making_up(
     Args:
         rows: (G, O, n), W.
         cross: (G, n, n), E[(x - y) y'], or the covariance.
-        second: (G, n, n), E[x x'], or the covariance; that of y is taken to be the same.
+        second: (G, n, n), E[y y'], or the covariance.
         made_up: the samples are.
     """
     mean = second.diagonal(axis1=1, axis2=2).mean(axis=1)
     damping = np.where(mean > 0, (DAMPING_MADE_UP if made_up else DAMPING) * mean, 1.0)
     damped = second + damping[:, None, None] * np.eye(second.shape[1])
-    change = np.linalg.solve(damped, (rows @ cross).swapaxes(1, 2)).swapaxes(1, 2)
-    return np.asarray(rows + (BELIEVED * change if made_up else change))
+    return np.asarray(rows + np.linalg.solve(damped, (rows @ cross).swapaxes(1, 2)).swapaxes(1, 2))

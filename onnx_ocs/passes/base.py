@@ -143,21 +143,22 @@ class Work:
         mean, variance = (np.concatenate(values) for values in zip(*parts, strict=True))
         return (mean, variance) if len(mean) == plan.channels else None
 
-    def task(self, plan: LayerPlan) -> Task:
-        """How the weight of ``plan`` is rounded; the moments of the last layer asked for are kept."""
+    def task(self, plan: LayerPlan, drift: Drift | None = None) -> Task:
+        """How the weight of ``plan`` is rounded: by the moments of its data, as the layers in front have left it where
+        their ``drift`` is known. Those of the last layer asked for are kept."""
         if plan.rounding not in BY_MOMENTS:
             return Task(plan.rounding)
         of = id(plan.layer) if plan.rounding == "assumed" or plan.contraction is None else plan.contraction.key
-        key = (plan.rounding, of, plan.corrected, plan.outputs is None, plan.static_extra - plan.extra)
+        key = (plan.rounding, of, plan.corrected, plan.outputs is None, plan.static_extra - plan.extra, drift is None)
         if self._task is None or self._task[0] != key:
-            found = self._assumed(plan) if plan.rounding == "assumed" else self._factor(plan)
+            found = self._assumed(plan) if plan.rounding == "assumed" else self._factor(plan, drift)
             self._task = key, Task(plan.rounding, found)
         return self._task[1]
 
-    def _factor(self, plan: LayerPlan) -> Factor:
+    def _factor(self, plan: LayerPlan, drift: Drift | None) -> Factor:
         """Of the second moments that were gathered."""
         synthetic = plan.rounding == "synthetic"
-        moments = self.moments(plan, synthetic)
+        moments = self.moments(plan, synthetic) if drift is None else drift.found
         assert moments is not None
         if synthetic:
             moments = tempered(moments, self._known(plan), plan.kernel, self.share)
@@ -187,11 +188,9 @@ class Work:
 
     def making_up(self, plan: LayerPlan, weight: NDArray[Any], drift: Drift) -> NDArray[np.float64]:
         """The weight that makes up for the drift of its data."""
-        synthetic, cross = plan.rounding == "synthetic", drift.about(plan.corrected)
-        moments = self.moments(plan, synthetic)
-        assert moments is not None
+        cross, second = drift.about(plan.corrected), drift.found.about(plan.corrected)
         rows = grouped(weight.astype(np.float64), plan.axes)
-        made = making_up(rows.reshape(*rows.shape[:2], -1), cross, moments.about(plan.corrected), synthetic)
+        made = making_up(rows.reshape(*rows.shape[:2], -1), cross, second, plan.rounding == "synthetic")
         return ungrouped(made.reshape(rows.shape), plan.axes, weight.shape)
 
     def shift(self, plan: LayerPlan, made: Rounded, drift: Drift | None = None) -> NDArray[np.float64]:

@@ -62,17 +62,16 @@ class ChooseSteps:
         assert bits is not None
         weight = work.values(plan)
         wanted = weight if drift is None else work.making_up(plan, weight, drift)
-        threshold = self._threshold(work, plan, wanted)
-        raised = threshold if most is None else self._raised(work, plan, wanted, threshold, most)
+        threshold = self._threshold(work, plan, wanted, drift)
+        raised = threshold if most is None else self._raised(work, plan, wanted, drift, threshold, most)
         step, narrowed = Grid(bits).step(raised), int(np.count_nonzero(raised > threshold))
         plan = replace(plan, threshold=raised, step=step, narrowed=narrowed)
         if work.follower is None:
             return plan
-        task = work.task(plan)
-        made = rounded(weight, wanted, plan.splits, plan.axes, step, bits, self.aware, task)
+        made = rounded(weight, wanted, plan.splits, plan.axes, step, bits, self.aware, work.task(plan, drift))
         return replace(plan, rounded=made)
 
-    def _threshold(self, work: Work, plan: LayerPlan, weight: NDArray[Any]) -> NDArray[np.float64]:
+    def _threshold(self, work: Work, plan: LayerPlan, weight: NDArray[Any], drift: Drift | None) -> NDArray[np.float64]:
         assert plan.bits is not None
         clip = plan.given.get("clip", self.clip)
         chosen, moments = clip == "auto", plan.rounding in BY_MOMENTS
@@ -82,7 +81,7 @@ class ChooseSteps:
         threshold = choose_threshold(weight, plan.splits, plan.axes, plan.per_channel, clip, plan.bits)
         if not chosen or not moments or plan.block is not None:
             return threshold
-        return least_error_threshold(weight, plan.splits, plan.axes, threshold, plan.bits, work.task(plan))
+        return least_error_threshold(weight, plan.splits, plan.axes, threshold, plan.bits, work.task(plan, drift))
 
     def _most(self, plan: LayerPlan) -> int | None:
         """The largest integer of the layer's data, if its kernel adds products in pairs; it shifts signed ones."""
@@ -93,14 +92,20 @@ class ChooseSteps:
         return most if layer.node.op in PAIRED and layer.weight_input == 1 else None
 
     def _raised(
-        self, work: Work, plan: LayerPlan, weight: NDArray[Any], threshold: NDArray[np.float64], most: int
+        self,
+        work: Work,
+        plan: LayerPlan,
+        weight: NDArray[Any],
+        drift: Drift | None,
+        threshold: NDArray[np.float64],
+        most: int,
     ) -> NDArray[np.float64]:
         assert plan.bits is not None
         assert plan.axes.output is not None
-        grid, least = Grid(plan.bits), threshold
+        grid, least, task = Grid(plan.bits), threshold, work.task(plan, drift)
         for _ in range(ROUNDS):
             step = grid.step(threshold)
-            integers, _ = split_integers(weight, plan.splits, plan.axes, step, plan.bits, self.aware, work.task(plan))
+            integers, _ = split_integers(weight, plan.splits, plan.axes, step, plan.bits, self.aware, task)
             sums = row_sums(kernel_order(integers, plan.axes.input, plan.axes.output), 0, most)
             if not sums.saturates.any():
                 return threshold

@@ -20,13 +20,15 @@ def test_batches_fold_into_the_drift_of_all_rows(rng):
     drifted = recorded(exact, found, [7, 7, 31])
     for group in range(3):
         x, y = (part[:, group].astype(np.float64) for part in (exact, found))
-        np.testing.assert_allclose(drifted.mean[group], y.mean(axis=0), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(drifted.found.mean[group], y.mean(axis=0), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(drifted.found.about(False)[group], y.T @ y / 60, rtol=0, atol=1e-4)
         np.testing.assert_allclose(drifted.lost[group], (x - y).mean(axis=0), rtol=0, atol=1e-5)
         np.testing.assert_allclose(drifted.about(False)[group], (x - y).T @ y / 60, rtol=0, atol=1e-4)
         centered = (x - y).T @ (y - y.mean(axis=0)) / 60
         np.testing.assert_allclose(drifted.about(True)[group], centered, rtol=0, atol=1e-4)
     some = drifted.taken(np.array([2, 0, 2]))
     np.testing.assert_array_equal(some.cross, drifted.cross[[2, 0, 2]])
+    np.testing.assert_array_equal(some.found.about(True), drifted.found.about(True)[[2, 0, 2]])
 
 
 def test_rows_that_have_little_to_do_with_each_other_have_no_drift(rng):
