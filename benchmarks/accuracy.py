@@ -16,6 +16,8 @@ it is installed in, and perhaps one of its methods (see quantize_by.py): ``--pee
 models run in onnxruntime, by kernels that do not saturate. Letters stand for remarks below the tables, and for why a
 peer makes nothing, in its own words.
 
+``--allocations`` has rows of the other ways to place copies as well.
+
 A last table has what splitting adds: ratio 0.05 less ratio 0, in agreement and divergence, on the mean of the networks.
 
 ``--keep FOLDER`` keeps the outputs of all cells and makes none again that lies there, so that a run that was broken off
@@ -62,13 +64,17 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "no data, ratio 0.05": [{"ratio": 0.05}],
     "samples, ratio 0": [{"ratio": 0, "calibrate": True}],
     "samples, ratio 0.05": [{"ratio": 0.05, "calibrate": True}],
+}
+"""With float activations; of several options the better ones."""
+
+ALLOCATIONS: dict[str, list[dict[str, Any]]] = {
     "no data, ratio 0.05, uniform": [{"ratio": 0.05, "allocate": "uniform"}],
     "no data, ratio 0.05, sensitivity": [{"ratio": 0.05, "allocate": "sensitivity"}],
     "no data, ratio 0.05, joint": [{"ratio": 0.05, "plan": "joint"}],
     "samples, ratio 0.05, uniform": [{"ratio": 0.05, "allocate": "uniform", "calibrate": True}],
     "samples, ratio 0.05, sensitivity": [{"ratio": 0.05, "allocate": "sensitivity", "calibrate": True}],
 }
-"""With float activations; of several options the better ones."""
+"""Other ways to place copies, with float activations."""
 
 WITH_DATA: dict[str, list[dict[str, Any]]] = {
     "samples, ratio 0": [{"ratio": 0, "calibrate": True, "act_bits": 8}],
@@ -113,6 +119,10 @@ class Made:
     def load(cls, path: Path) -> "Made":
         with np.load(path) as arrays:
             return cls(arrays.get("scores"), **json.loads(str(arrays["rest"])))
+
+
+Cells = dict[tuple[str, int], Made]
+"""Of a table: by its row and its width."""
 
 
 def scores(network: Network, bits: int, options: dict[str, Any]) -> Scores:
@@ -213,7 +223,7 @@ def lower_end(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
     return float(difference.mean() - 1.96 * difference.std() / np.sqrt(len(difference)))
 
 
-def losses(network: Network, reference: Scores, found: Mapping[tuple[str, int], Made]) -> Iterator[str]:
+def losses(network: Network, reference: Scores, found: Cells) -> Iterator[str]:
     """Where a default is worse than one of the others."""
     agreed = {cell: agreeing(reference, made.scores) for cell, made in found.items() if made.scores is not None}
     for name, bits in found:
@@ -242,7 +252,7 @@ def row(name: str, cells: Iterable[str]) -> None:
     print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
-def rows(network: Network, data: bool, reference: Scores, peers: Sequence[Quantizer]) -> Makers:
+def rows(network: Network, data: bool, reference: Scores, peers: Sequence[Quantizer], allocations: bool) -> Makers:
     """Of one table, by their names."""
 
     def ours(options: list[dict[str, Any]]) -> Callable[[int], Made]:
@@ -251,8 +261,40 @@ def rows(network: Network, data: bool, reference: Scores, peers: Sequence[Quanti
     def theirs(peer: Quantizer) -> Callable[[int], Made]:
         return lambda bits: made_by(peer, network, bits, data)
 
-    recipes = {name: ours(options) for name, options in (WITH_DATA if data else RECIPES).items()}
+    options = WITH_DATA if data else RECIPES | (ALLOCATIONS if allocations else {})
+    recipes = {name: ours(some) for name, some in options.items()}
     return recipes | {peer.name: theirs(peer) for peer in peers}
+
+
+def cells(network: Network, data: bool, reference: Scores, arguments: argparse.Namespace) -> Cells:
+    """All of one table, made or taken from the shelf."""
+    shelf, kind, peers = Shelf(arguments.keep), kind_of(data), [Quantizer(), *arguments.peer]
+    return {
+        (name, bits): shelf.cell(partial(make, bits), network.name, len(network.calibration), kind, name, bits)
+        for name, make in rows(network, data, reference, peers, arguments.allocations).items()
+        for bits in arguments.bits
+    }
+
+
+def kind_of(data: bool) -> str:
+    return "activations of 8 bits" if data else "float activations"
+
+
+def table(network: Network, data: bool, reference: Scores, found: Cells, columns: Sequence[int]) -> None:
+    """As Markdown, with its remarks."""
+    print(f"\n**{network.name}, {kind_of(data)}**\n")
+    head("top-1 / agreement / divergence", columns)
+    row("float model", [figures(compare(reference, reference, network.labels))] * len(columns))
+    notes = Notes()
+    for name in dict.fromkeys(name for name, _ in found):
+        made = [found[name, bits] for bits in columns]
+        told = [
+            "not possible" if each.scores is None else figures(compare(reference, each.scores, network.labels))
+            for each in made
+        ]
+        row(name, [f"{one} {notes.letters(each.remarks)}".strip() for one, each in zip(told, made, strict=True)])
+    if str(notes):
+        print(f"\n{notes}")
 
 
 def main() -> int:
@@ -260,10 +302,10 @@ def main() -> int:
     add_options(parser, ("squeezenet", "kws", "mobilenet", "vit", "resnet20"))
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 7, 6, 5, 4, 3, 2])
     parser.add_argument("--peer", type=Apart.named, action="append", default=[], metavar="NAME[:METHOD]=PYTHON")
+    parser.add_argument("--allocations", action="store_true", help="other ways to place copies as well")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where the outputs of all cells are kept")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
-    shelf = Shelf(arguments.keep)
     packages = [f"{name} {importlib.metadata.version(name)}" for name in ("onnx", "onnxruntime", "numpy")]
     print(f"{datetime.date.today()}; Python {platform.python_version()}, {', '.join(packages)}")
     lost: list[str] = []
@@ -272,30 +314,14 @@ def main() -> int:
     for network in networks(arguments):
         reference = outputs(network.model, network.images)
         for data in (False, True):
-            kind = "activations of 8 bits" if data else "float activations"
-            print(f"\n**{network.name}, {kind}**\n")
-            head("top-1 / agreement / divergence", arguments.bits)
-            row("float model", [figures(compare(reference, reference, network.labels))] * len(arguments.bits))
-            found: dict[tuple[str, int], Made] = {}
-            notes = Notes()
-            for name, make in rows(network, data, reference, [Quantizer(), *arguments.peer]).items():
-                cells = []
-                for bits in arguments.bits:
-                    made = shelf.cell(partial(make, bits), network.name, len(network.calibration), kind, name, bits)
-                    found[name, bits] = made
-                    versions |= {name: made.versions} if made.versions else {}
-                    told = "not possible"
-                    if made.scores is not None:
-                        compared = compare(reference, made.scores, network.labels)
-                        told = figures(compared)
-                        if not data:
-                            floats[name, bits].append(compared)
-                    cells.append(" ".join([told, notes.letters(made.remarks)]).strip())
-                row(name, cells)
-            if str(notes):
-                print(f"\n{notes}")
+            found = cells(network, data, reference, arguments)
+            table(network, data, reference, found, arguments.bits)
+            versions |= {name: made.versions for (name, _), made in found.items() if made.versions}
             if not data:
                 lost += losses(network, reference, found)
+                for cell, made in found.items():
+                    if cell[0] in DEFAULTS and made.scores is not None:
+                        floats[cell].append(compare(reference, made.scores, network.labels))
     print()
     head("ratio 0.05 less 0, agreement / divergence", arguments.bits)
     for known in ("no data", "samples"):
