@@ -134,9 +134,8 @@ def _steps(recipe: Recipe, grid: ChooseGrid, rounding: ChooseRounding, placed: b
 
 def rounding_of(recipe: Recipe, editor: Editor) -> ChooseRounding:
     """How weights are rounded; those that stay float are not, and have the threshold of the nearest integers."""
-    pictures = any(takes_pictures(editor, tensor) for tensor in editor.scopes[0].graph.inputs)
     name = "nearest" if recipe.float else recipe.round
-    return ChooseRounding(name, recipe.bias_correction, recipe.bits, pictures)
+    return ChooseRounding(name, recipe.bias_correction, recipe.bits, takes_pictures(editor))
 
 
 def _rates(recipe: Recipe) -> Rates:

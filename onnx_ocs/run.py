@@ -14,7 +14,7 @@ from onnx_ocs.graph.hints import table_lengths
 from onnx_ocs.graph.model import Model
 from onnx_ocs.graph.samples import Samples
 from onnx_ocs.moments import Stored
-from onnx_ocs.pictures import told_colours
+from onnx_ocs.pictures import pictures
 from onnx_ocs.recipe import Recipe
 from onnx_ocs.synthetic import make_samples
 
@@ -40,8 +40,8 @@ def made_up(source: Source, folder: Path, here: Path, count: int | None, seed: i
     """
     model = Model.load(source)
     path, editor = on_disk(source, model, folder / "source.onnx"), Editor(model)
-    bounds, colours = table_lengths(editor), told_colours(editor)
-    return make_samples(path, model.name, here, count, seed, bounds, colours, timeout)
+    bounds = table_lengths(editor)
+    return make_samples(path, model.name, here, count, seed, bounds, pictures(editor), timeout)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from onnx_ocs.errors import BadSamples
 from onnx_ocs.graph.samples import Feed, Guess, Input, generate
 from onnx_ocs.graph.session import Session
 from onnx_ocs.numerics.natural import natural_images
-from onnx_ocs.pictures import KINDS, WHITE, Colours, picture_axis
+from onnx_ocs.pictures import WHITE, Picture
 from onnx_ocs.verify import working_guess
 
 COUNT = 32
@@ -35,7 +35,7 @@ class Request:
     count: int | None
     seed: int
     bounds: dict[str, int]  # of integers that index a table
-    colours: dict[str, tuple[list[float], list[float]]]  # mean and deviation of pictures, where they are known
+    pictures: dict[str, tuple[int, list[float], list[float]]]  # axis of the colours; mean and deviation of each
 
 
 def make_samples(
@@ -45,7 +45,7 @@ def make_samples(
     count: int | None,
     seed: int,
     bounds: dict[str, int],
-    colours: Mapping[str, Colours],
+    pictures: Mapping[str, Picture],
     timeout: float = child.TIMEOUT,
 ) -> Path:
     """A new folder with ``count`` samples that the model runs on; None: as many as to round weights by.
@@ -55,7 +55,7 @@ def make_samples(
         RuntimeFailed: it crashed or ran out of time.
     """
     folder.mkdir()
-    known = {name: (each.mean.tolist(), each.deviation.tolist()) for name, each in colours.items()}
+    known = {name: (each.axis, each.mean.tolist(), each.deviation.tolist()) for name, each in pictures.items()}
     request = Request(str(model), name, str(folder), count, seed, bounds, known)
     child.call("onnx_ocs.synthetic", asdict(request), timeout, "samples of your own (--calibrate) do without it")
     return folder
@@ -86,17 +86,12 @@ def make(request: Request, say: child.Report) -> dict[str, Any]:
 
 def _feed(inputs: list[Input], guess: Guess, request: Request, rng: np.random.Generator) -> Feed:
     feed = generate(inputs, guess, request.bounds, rng)
-    for name, shape in ((source.name, source.shape) for source in inputs):
-        values, axis = feed[name], picture_axis([size if isinstance(size, int) else None for size in shape])
-        if values.dtype.type in KINDS and axis is not None and not guess.positive:
-            count, channels, *sides = np.moveaxis(values, axis, 1).shape
-            images = np.moveaxis(natural_images(count, channels, (sides[0], sides[1]), rng), 1, axis)
-            if name in request.colours:
-                mean, deviation = (np.expand_dims(each, tuple(range(1, 4 - axis))) for each in request.colours[name])
-                images = mean + images * deviation
-            if values.dtype == np.uint8:
-                images = np.clip(np.rint(images), 0, WHITE)
-            feed[name] = images.astype(values.dtype)
+    for name, (axis, *told) in request.pictures.items() if not guess.positive else ():
+        kind, (count, channels, *sides) = feed[name].dtype, np.moveaxis(feed[name], axis, 1).shape
+        images = np.moveaxis(natural_images(count, channels, (sides[0], sides[1]), rng), 1, axis)
+        mean, deviation = (np.expand_dims(each, tuple(range(1, 4 - axis))) for each in told)
+        images = mean + images * deviation
+        feed[name] = (np.clip(np.rint(images), 0, WHITE) if kind == np.uint8 else images).astype(kind)
     return feed
 
 

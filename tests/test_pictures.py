@@ -5,12 +5,13 @@ import onnx
 import onnx.parser
 import onnxruntime as ort
 import pytest
+from numpy.lib.stride_tricks import sliding_window_view
 
 from onnx_ocs import quantize
 from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.model import Model
-from onnx_ocs.numerics.natural import natural_images
-from onnx_ocs.pictures import picture_axis, told_colours
+from onnx_ocs.numerics.natural import fit_colours, natural_images
+from onnx_ocs.pictures import picture_axis, pictures
 from onnx_ocs.synthetic import make_samples
 
 
@@ -34,21 +35,30 @@ def test_pictures_have_three_colours_or_sides_that_are_alike(shape, axis):
 CONSTANTS = """float[3,1,1] mean = {100.0, 120.0, 130.0}, float[1,3,1,1] deviation = {50.0, 60.0, 70.0},
     float[3] means = {100.0, 120.0, 130.0}, float[3] ones = {1.0, 1.0, 1.0}, float[3] none = {0.0, 0.0, 0.0},
     float[3] variances = {2500.0, 3600.0, 4900.0}, float byte = {255.0}, float half = {127.5}, float one = {1.0},
-    float[3,1,1] zero = {0.0, 1.0, 1.0}, float[16,1] rows = {1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3, 4, 5, 6, 7}"""
+    float tiny = {0.000001},
+    float[3,1,1] zero = {0.0, 1.0, 1.0}, int64[8] channel = {0, 1, 0, 0, 0, 1, 0, 0},
+    float[16,1] rows = {1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3, 4, 5, 6, 7}"""
 
 PREPARED = {
     "mean and deviation": ("float[N,3,16,16]", "s = Sub(x, mean) y = Div(s, deviation)", [100, 120, 130], [50, 60, 70]),
-    "a factor, then a shift": ("float[N,3,16,16]", "s = Div(x, half) y = Sub(s, one)", [127.5] * 3, [127.5] * 3),
-    "the mean less the data": ("float[N,3,16,16]", "y = Sub(mean, x)", [100, 120, 130], [1, 1, 1]),
-    "shifted by adding": ("float[N,3,16,16]", "y = Add(mean, x)", [-100, -120, -130], [1, 1, 1]),
+    "to -1 to 1": ("float[N,3,16,16]", "s = Div(x, half) y = Sub(s, one)", [127.5] * 3, [63.75] * 3),
+    "the mean alone": ("float[N,3,16,16]", "y = Sub(x, mean)", [100, 120, 130], [50, 60, 65]),
+    "the mean less the data": ("float[N,3,16,16]", "y = Sub(mean, x)", [100, 120, 130], [50, 60, 65]),
     "a factor alone": ("float[N,3,16,16]", "y = Div(x, byte)", [127.5] * 3, [63.75] * 3),
+    "a factor, and next to nothing": (
+        "float[N,3,16,16]",
+        "s = Div(x, byte) y = Add(s, tiny)",
+        [127.5] * 3,
+        [63.75] * 3,
+    ),
     "bytes": ("uint8[N,3,16,16]", "y = Cast <to = 1> (x)", [127.5] * 3, [63.75] * 3),
+    "bytes from 1 on": ("uint8[N,3,16,16]", "c = Cast <to = 1> (x) y = Add(c, one)", [127.5] * 3, [63.75] * 3),
     "bytes to 0 to 1": ("uint8[N,3,16,16]", "c = Cast <to = 1> (x) y = Div(c, byte)", [127.5] * 3, [63.75] * 3),
     "colours last": (
         "uint8[N,16,16,3]",
         "c = Cast <to = 1> (x) s = Sub(c, means) y = Transpose <perm = [0, 3, 1, 2]> (s)",
         [100, 120, 130],
-        [1, 1, 1],
+        [50, 60, 65],
     ),
     "turned first": (
         "float[N,16,16,3]",
@@ -80,28 +90,47 @@ def graph(kind, body):
 
 @pytest.mark.parametrize(("kind", "body", "mean", "deviation"), PREPARED.values(), ids=PREPARED)
 def test_the_constants_that_prepare_a_picture_are_those_of_its_colours(kind, body, mean, deviation):
-    told = told_colours(Editor(Model.load(graph(kind, body))))["x"]
-    np.testing.assert_allclose(told.mean, mean)
-    np.testing.assert_allclose(told.deviation, deviation)
+    told = pictures(Editor(Model.load(graph(kind, body))))["x"]
+    np.testing.assert_allclose(told.mean, mean, rtol=1e-6)
+    np.testing.assert_allclose(told.deviation, deviation, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("kind", "body"),
     [
         ("float[N,3,16,16]", "y = Relu(x)"),
+        ("float[N,3,16,16]", "y = Add(x, mean)"),
         ("float[N,3,16,16]", "y = Sub(x, rows)"),
         ("float[N,3,16,16]", "y = Add(x, x)"),
         ("float[N,3,16,16]", "s = Sub(x, mean) y = Mul(s, zero)"),
         ("float[N,3,16,16]", "s = Sub(x, mean) r = Sub(x, half) y = Add(s, r)"),
-        ("float[N,4,16,16]", "y = Sub(x, half)"),
-        ("int32[N,3,16,16]", "c = Cast <to = 1> (x) y = Sub(c, half)"),
+        ("float[N,1,16,16]", "y = Sub(x, mean)"),
+        ("float[N,1,16,16]", "p = Pad(x, channel) y = Sub(p, mean)"),
     ],
 )
-def test_others_tell_nothing(kind, body):
-    assert told_colours(Editor(Model.load(graph(kind, body)))) == {}
+def test_where_nothing_tells_values_are_about_0(kind, body):
+    told = pictures(Editor(Model.load(graph(kind, body))))["x"]
+    assert (told.mean == 0).all()
+    assert (told.deviation == 1).all()
 
 
-def pictures(mean, deviation, seed, count=64, size=32):
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("float[N,4,16,16]", "y = Sub(x, half)"),
+        ("int32[N,3,16,16]", "c = Cast <to = 1> (x) y = Sub(c, half)"),
+        ("uint8[N,1,16,16]", "c = Cast <to = 7> (x) y = Gather(means, c)"),
+        ("uint8[N,1,16,16]", "mask = Identity(x) y = Cast <to = 1> (mask)"),
+    ],
+)
+def test_others_are_no_pictures(kind, body):
+    model = graph(kind, body)
+    if "mask" in body:
+        model.graph.input[0].name = model.graph.node[0].input[0] = "attention_mask"
+    assert pictures(Editor(Model.load(model))) == {}
+
+
+def photographs(mean, deviation, seed, count=64, size=32):
     images = natural_images(count, 3, (size, size), np.random.default_rng(seed))
     return (images * deviation + np.reshape(mean, (3, 1, 1))).astype(np.float32)
 
@@ -119,23 +148,45 @@ def test_a_normalization_behind_the_first_layer_tells_them(mean, deviation, attr
         for name, values in (("w", weight), ("b", bias)):
             model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
     session = ort.InferenceSession(plain.SerializeToString(), providers=["CPUExecutionProvider"])
-    (met,) = session.run(None, {"x": pictures(mean, deviation, seed=5)})
+    (met,) = session.run(None, {"x": photographs(mean, deviation, seed=5)})
     statistics = {"mean": met.mean(axis=(0, 2, 3)), "variance": met.var(axis=(0, 2, 3))}
     for name, values in (statistics | {"one": np.ones(24), "zero": np.zeros(24)}).items():
         normal.graph.initializer.append(onnx.numpy_helper.from_array(values.astype(np.float32), name))
-    told = told_colours(Editor(Model.load(normal)))["x"]
+    told = pictures(Editor(Model.load(normal)))["x"]
     np.testing.assert_allclose(told.deviation, deviation, rtol=0.15)
     np.testing.assert_allclose(told.mean, mean, atol=0.25 * deviation)
 
 
 def test_statistics_that_are_no_numbers_tell_nothing():
     model = graph("float[N,3,16,16]", "y = BatchNormalization(x, ones, none, means, variances)")
-    for name, value in (("means", np.nan), ("variances", -1.0)):
+    for name, value in (("means", np.nan), ("variances", -1.0), ("variances", np.inf)):
         broken = onnx.ModelProto.FromString(model.SerializeToString())
         for each in broken.graph.initializer:
             if each.name == name:
                 each.CopyFrom(onnx.numpy_helper.from_array(np.full(3, value, np.float32), name))
-        assert told_colours(Editor(Model.load(broken))) == {}
+        told = pictures(Editor(Model.load(broken)))["x"]
+        assert (told.mean == 0).all()
+        assert (told.deviation == 1).all()
+
+
+def test_a_dead_output_and_kernels_without_a_sum_tell_no_mean(rng):
+    weight = rng.normal(0.05, 0.3, (24, 3, 3, 3))
+    images = photographs((120, 115, 100), 60, seed=5).astype(np.float64)
+    rows = sliding_window_view(images, (3, 3), axis=(2, 3)).transpose(0, 2, 3, 1, 4, 5).reshape(-1, 27)
+
+    def fitted(kernels, factors=1.0):
+        met = rows @ kernels.reshape(24, 27).T
+        return fit_colours(kernels, met.mean(axis=0), met.var(axis=0) * factors, (1, 1), (32, 32))
+
+    dead, factors = weight.copy(), np.ones(24)
+    dead[3], factors[3] = 1e-12 * dead[3], 1e-20
+    mean, variance = fitted(dead, factors)
+    np.testing.assert_allclose(mean, (120, 115, 100), atol=15)
+    np.testing.assert_allclose(np.sqrt(variance), 60, rtol=0.15)
+    flat = (weight - weight.mean(axis=(2, 3), keepdims=True)).astype(np.float32).astype(np.float64)
+    assert (np.abs(fitted(flat)[0]) < 60).all()
+    assert fit_colours(weight, np.zeros(24), np.zeros(24), (1, 1), (32, 32)) is None
+    assert fit_colours(rng.normal(size=(4, 3, 40, 40)), np.zeros(4), np.ones(4), (1, 1), (224, 224)) is None
 
 
 @pytest.fixture
@@ -179,7 +230,7 @@ def test_preparing_pictures_in_the_graph_changes_no_weight(prepared):
 
 def test_bytes_are_pictures_too(prepared, tmp_path):
     onnx.save(prepared[1](onnx.TensorProto.UINT8), path := tmp_path / "bytes.onnx")
-    folder = make_samples(path, "bytes", tmp_path / "made", 32, 0, {}, told_colours(Editor(Model.load(path))))
+    folder = make_samples(path, "bytes", tmp_path / "made", 32, 0, {}, pictures(Editor(Model.load(path))))
     made = np.concatenate([np.load(file)["image"] for file in sorted(folder.iterdir())])
     assert made.dtype == np.uint8
     assert made.mean() == pytest.approx(128, abs=4)

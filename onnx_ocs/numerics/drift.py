@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_ocs.numerics.moments import ROWS, MomentRecorder, Moments
+from onnx_ocs.numerics.moments import ROWS, MomentRecorder, Moments, roomy
 
 DAMPING, DAMPING_MADE_UP = 0.3, 1.0
 """Of the mean of the second moments, for samples and for made-up ones, which are not quite what the data is."""
+
+FEWEST = 2
+"""Rows for each input of an output; of fewer the second moments are noise that weights would be fitted to."""
 
 MOST = 0.5
 """Of the variance of y, that x - y has at most: beyond it rows may be of different things, by a TopK, say."""
@@ -37,8 +40,7 @@ class Drift:
 
     def taken(self, groups: NDArray[np.int64]) -> "Drift":
         """Of these groups."""
-        assert self.found.second is not None
-        return Drift(Moments(self.found.mean[groups], self.found.second[groups]), self.lost[groups], self.cross[groups])
+        return Drift(self.found.taken(groups), self.lost[groups], self.cross[groups])
 
     def save(self, path: Path) -> None:
         assert self.found.second is not None
@@ -74,16 +76,17 @@ class DriftRecorder:
             some -= self._middle
             self._lost += lost.sum(axis=0, dtype=np.float64)
             self._away += some.sum(axis=0, dtype=np.float64)
-            self._products += lost.transpose(1, 2, 0) @ some.transpose(1, 0, 2)
-            self._energy += float(np.square(lost).sum(dtype=np.float64))
+            self._products += roomy(lost).transpose(1, 2, 0) @ roomy(some).transpose(1, 0, 2)
+            self._energy += float(np.square(lost, dtype=np.float64).sum())
             self._rows += len(some)
 
     def finish(self) -> Drift | None:
-        """Of all rows so far; None where there are none, or where x and y have little to do with each other."""
-        if not self._rows or not self.is_comparable:
+        """Of all rows so far; None where there are few, or where x and y have little to do with each other."""
+        if not self._rows or self._rows < FEWEST * self._lost.shape[1] or not self.is_comparable:
             return None
         found, lost = self._found.finish(), self._lost / self._rows
-        spread = float(np.trace(found.about(True), axis1=1, axis2=2).sum())
+        assert found.second is not None
+        spread = float(np.einsum("gii->", found.second) - np.square(found.mean).sum())
         if not max(self._energy / self._rows - np.square(lost).sum(), 0) <= MOST * max(spread, 0) < np.inf:
             return None
         cross = self._products / self._rows - lost[:, :, None] * (self._away / self._rows)[:, None, :]

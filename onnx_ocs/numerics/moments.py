@@ -21,6 +21,10 @@ class Moments:
     mean: NDArray[np.float64]  # (groups, n)
     second: NDArray[np.float64] | None  # (groups, n, n)
 
+    def taken(self, groups: NDArray[np.int64]) -> "Moments":
+        """Of these groups."""
+        return Moments(self.mean[groups], None if self.second is None else self.second[groups])
+
     def about(self, centered: bool) -> NDArray[np.float64]:
         """(groups, n, n), E x x'; ``centered``: what is left of it once the bias makes up for the mean."""
         assert self.second is not None
@@ -94,6 +98,12 @@ def rows_of(values: NDArray[Any], axis: int, groups: int, window: Window | None)
     return made.reshape(math.prod(made.shape[: 1 + len(window.kernel)]), groups, channels // groups * inner)
 
 
+def roomy(values: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
+    """The same in float64 where float32 could not hold products of them."""
+    large = max(float(values.max(initial=0)), -float(values.min(initial=0))) > LARGEST
+    return values.astype(np.float64) if large else values
+
+
 class MomentRecorder:
     """Sums of x and of x x' over all rows, in float64.
 
@@ -124,9 +134,7 @@ class MomentRecorder:
                 if self._middle is None:
                     self._middle = (total / len(part)).astype(np.float32)
                 part -= self._middle
-                large = max(float(part.max(initial=0)), -float(part.min(initial=0))) > LARGEST
-                kind: type[np.floating[Any]] = np.float64 if large else np.float32
-                by_group: NDArray[Any] = part.astype(kind, copy=False).transpose(1, 2, 0)
+                by_group = roomy(part).transpose(1, 2, 0)
                 self._products += by_group @ by_group.transpose(0, 2, 1)
             self._rows += times * len(part)
 

@@ -26,7 +26,10 @@ LARGEST_KERNEL = 32
 """Rows or columns of the kernels that tell of the pictures before them; larger ones see more than a part of these."""
 
 RIDGE = 0.003
-"""Of what all outputs together say of the means of colours: how much 0 is preferred."""
+"""Of the sum of all squared weights, in deviations of their outputs: how much 0 is preferred as a mean."""
+
+UNUSUAL = 100
+"""Times that the variance of an output is what most outputs make expect, or a part of it, where it tells nothing."""
 
 
 def natural_images(count: int, channels: int, sizes: tuple[int, int], rng: np.random.Generator) -> NDArray[np.float64]:
@@ -60,12 +63,13 @@ def fit_colours(
     variance: NDArray[np.float64],
     dilations: tuple[int, ...],
     sizes: tuple[int, int],
-) -> tuple[NDArray[np.float64], float] | None:
-    """Means, (C,), and the one variance of pictures on which a convolution has outputs with these means and variances.
+) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """Means and variances, (C,) each, of pictures on which a convolution has outputs with these means and variances.
 
     The mean of an output is the sum of the means of the colours, each times the sum of its kernel, solved for by least
-    squares in deviations of the outputs. The variance is that which has the outputs of made-up pictures vary as much,
-    by the median over the outputs. None where kernels are too large for that, or no output varies.
+    squares in deviations of the outputs. The variance, one for all colours, is that which has the outputs of made-up
+    pictures vary as much, by the median over the outputs; outputs that are far from it, dead ones say, are left out.
+    None where kernels are too large for that, or no output varies.
 
     Args:
         weight: (M, C, rows, columns).
@@ -79,13 +83,16 @@ def fit_colours(
     apart = max(1, min(sizes) // 16)
     windows = sliding_window_view(images, spans, axis=(2, 3))[:, :, ::apart, ::apart, :: dilations[0], :: dilations[1]]
     rows = windows.transpose(0, 2, 3, 1, 4, 5).reshape(-1, weight[0].size)
-    with np.errstate(all="ignore"):
-        unit = (rows @ weight.reshape(len(weight), -1).T).var(axis=0)
-        alive = (unit > 0) & (variance > 0) & np.isfinite(unit) & np.isfinite(mean)
+    flat = weight.reshape(len(weight), -1)
+    unit = (rows @ flat.T).var(axis=0)
+    ratio = variance / unit
+    alive = np.isfinite(ratio) & (ratio > 0) & np.isfinite(mean)
     if not alive.any():
         return None
+    usual = float(np.median(ratio[alive]))
+    alive &= (ratio > usual / UNUSUAL) & (ratio < usual * UNUSUAL)
     deviations = np.sqrt(variance[alive])
     sums, wanted = weight.sum(axis=(2, 3))[alive] / deviations[:, None], mean[alive] / deviations
-    second = sums.T @ sums
-    second += RIDGE * max(float(np.trace(second)), np.finfo(np.float64).tiny) * np.eye(len(second))
-    return np.linalg.solve(second, sums.T @ wanted), float(np.median(variance[alive] / unit[alive]))
+    flat = flat[alive] / deviations[:, None]
+    second = sums.T @ sums + RIDGE * np.square(flat).sum() * np.eye(weight.shape[1])
+    return np.linalg.solve(second, sums.T @ wanted), np.full(weight.shape[1], usual)

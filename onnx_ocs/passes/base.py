@@ -82,8 +82,7 @@ class Work:
             return None
         moments = found.load()
         if plan.layer.groups > 1 and plan.outputs is not None:  # of a depthwise layer whose channels are made twice
-            second = None if moments.second is None else moments.second[plan.outputs]
-            return Moments(moments.mean[plan.outputs], second)
+            return moments.taken(plan.outputs)
         if plan.static_extra != plan.extra:
             assert plan.contraction is not None
             split = joined(list(plan.data_splits))

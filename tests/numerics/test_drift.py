@@ -39,6 +39,14 @@ def test_rows_that_have_little_to_do_with_each_other_have_no_drift(rng):
     assert recorded(exact, exact[::-1]) is None
     assert recorded(exact, exact + 0.3 * other) is not None
     assert recorded(0 * exact, 0 * exact) is not None
+    assert recorded(exact[:8], exact[:8]) is not None
+    assert recorded(exact[:7], exact[:7]) is None  # of 4 inputs
+
+
+def test_the_drift_of_large_values_is_finite(rng):
+    exact = (1e20 * rng.standard_normal((64, 1, 6))).astype(np.float32)
+    drifted = recorded(exact, (1.1 * exact).astype(np.float32))
+    np.testing.assert_allclose(drifted.cross[0], -0.11 * np.cov(exact[:, 0].T.astype(np.float64), bias=True), rtol=1e-3)
 
 
 @settings(deadline=None, max_examples=50)
