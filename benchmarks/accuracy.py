@@ -16,7 +16,7 @@ it is installed in, and perhaps one of its methods (see quantize_by.py): ``--pee
 models run in onnxruntime, by kernels that do not saturate. Letters stand for remarks below the tables, and for why a
 peer makes nothing, in its own words.
 
-``--allocations`` has rows of the other ways to place copies as well.
+``--variants`` has rows of the defaults with other ways to place copies, and without error propagation, as well.
 
 A last table has what splitting adds: ratio 0.05 less ratio 0, in agreement and divergence, on the mean of the networks.
 
@@ -67,14 +67,16 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
 }
 """With float activations; of several options the better ones."""
 
-ALLOCATIONS: dict[str, list[dict[str, Any]]] = {
+VARIANTS: dict[str, list[dict[str, Any]]] = {
     "no data, ratio 0.05, uniform": [{"ratio": 0.05, "allocate": "uniform"}],
     "no data, ratio 0.05, sensitivity": [{"ratio": 0.05, "allocate": "sensitivity"}],
     "no data, ratio 0.05, joint": [{"ratio": 0.05, "plan": "joint"}],
+    "no data, ratio 0.05, no error propagation": [{"ratio": 0.05, "error_propagation": False}],
     "samples, ratio 0.05, uniform": [{"ratio": 0.05, "allocate": "uniform", "calibrate": True}],
     "samples, ratio 0.05, sensitivity": [{"ratio": 0.05, "allocate": "sensitivity", "calibrate": True}],
+    "samples, ratio 0.05, no error propagation": [{"ratio": 0.05, "error_propagation": False, "calibrate": True}],
 }
-"""Other ways to place copies, with float activations."""
+"""The defaults with single steps changed, with float activations."""
 
 WITH_DATA: dict[str, list[dict[str, Any]]] = {
     "samples, ratio 0": [{"ratio": 0, "calibrate": True, "act_bits": 8}],
@@ -252,7 +254,7 @@ def row(name: str, cells: Iterable[str]) -> None:
     print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
-def rows(network: Network, data: bool, reference: Scores, peers: Sequence[Quantizer], allocations: bool) -> Makers:
+def rows(network: Network, data: bool, reference: Scores, peers: Sequence[Quantizer], variants: bool) -> Makers:
     """Of one table, by their names."""
 
     def ours(options: list[dict[str, Any]]) -> Callable[[int], Made]:
@@ -261,7 +263,7 @@ def rows(network: Network, data: bool, reference: Scores, peers: Sequence[Quanti
     def theirs(peer: Quantizer) -> Callable[[int], Made]:
         return lambda bits: made_by(peer, network, bits, data)
 
-    options = WITH_DATA if data else RECIPES | (ALLOCATIONS if allocations else {})
+    options = WITH_DATA if data else RECIPES | (VARIANTS if variants else {})
     recipes = {name: ours(some) for name, some in options.items()}
     return recipes | {peer.name: theirs(peer) for peer in peers}
 
@@ -271,7 +273,7 @@ def cells(network: Network, data: bool, reference: Scores, arguments: argparse.N
     shelf, kind, peers = Shelf(arguments.keep), kind_of(data), [Quantizer(), *arguments.peer]
     return {
         (name, bits): shelf.cell(partial(make, bits), network.name, len(network.calibration), kind, name, bits)
-        for name, make in rows(network, data, reference, peers, arguments.allocations).items()
+        for name, make in rows(network, data, reference, peers, arguments.variants).items()
         for bits in arguments.bits
     }
 
@@ -302,7 +304,7 @@ def main() -> int:
     add_options(parser, ("squeezenet", "kws", "mobilenet", "vit", "resnet20"))
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 7, 6, 5, 4, 3, 2])
     parser.add_argument("--peer", type=Apart.named, action="append", default=[], metavar="NAME[:METHOD]=PYTHON")
-    parser.add_argument("--allocations", action="store_true", help="other ways to place copies as well")
+    parser.add_argument("--variants", action="store_true", help="the defaults with single steps changed as well")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where the outputs of all cells are kept")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
