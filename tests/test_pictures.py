@@ -235,3 +235,15 @@ def test_bytes_are_pictures_too(prepared, tmp_path):
     assert made.dtype == np.uint8
     assert made.mean() == pytest.approx(128, abs=4)
     assert made.std() == pytest.approx(32, abs=3)
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize(
+    ("name", "mean", "deviation"),
+    [("vww_mobilenetv1_0.25_96_bn", (0.35, 0.5), (0.18, 0.3)), ("cifar10_resnet20_bn", (-0.3, 0.1), (0.9, 1.25))],
+)
+def test_trained_networks_tell_what_they_were_trained_on(name, mean, deviation, assets):
+    """Photographs from 0 to 1, and CIFAR-10 less the mean of ImageNet, in its deviations."""
+    (told,) = pictures(Editor(Model.load(assets / "models" / f"{name}.onnx"))).values()
+    assert all(mean[0] < value < mean[1] for value in told.mean)
+    assert all(deviation[0] < value < deviation[1] for value in told.deviation)
