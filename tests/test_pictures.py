@@ -169,6 +169,19 @@ def test_statistics_that_are_no_numbers_tell_nothing():
         assert (told.deviation == 1).all()
 
 
+@pytest.mark.parametrize(
+    ("attributes", "shape"),
+    [("dilations = [1]", (3, 3, 3, 3)), ("dilations = [0, 1]", (3, 3, 3, 3)), ("group = 1", (3, 3, 3))],
+)
+def test_a_layer_that_no_runtime_takes_tells_nothing(attributes, shape):
+    body = f"c = Conv <{attributes}> (x, w) y = BatchNormalization(c, ones, none, means, variances)"
+    model = graph("float[N,3,16,16]", body)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(shape, np.float32), "w"))
+    told = pictures(Editor(Model.load(model)))["x"]
+    assert (told.mean == 0).all()
+    assert (told.deviation == 1).all()
+
+
 def test_a_dead_output_and_kernels_without_a_sum_tell_no_mean(rng):
     weight = rng.normal(0.05, 0.3, (24, 3, 3, 3))
     images = photographs((120, 115, 100), 60, seed=5).astype(np.float64)
