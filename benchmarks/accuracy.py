@@ -126,6 +126,9 @@ class Made:
 Cells = dict[tuple[str, int], Made]
 """Of a table: by its row and its width."""
 
+Compared = dict[tuple[str, int], Figures]
+"""Of those that came to something."""
+
 
 def scores(network: Network, bits: int, options: dict[str, Any]) -> Scores:
     """The outputs of the model that a recipe makes."""
@@ -268,9 +271,9 @@ def rows(network: Network, data: bool, reference: Scores, peers: Sequence[Quanti
     return recipes | {peer.name: theirs(peer) for peer in peers}
 
 
-def cells(network: Network, data: bool, reference: Scores, arguments: argparse.Namespace) -> Cells:
+def cells(shelf: Shelf, network: Network, data: bool, reference: Scores, arguments: argparse.Namespace) -> Cells:
     """All of one table, made or taken from the shelf."""
-    shelf, kind, peers = Shelf(arguments.keep), kind_of(data), [Quantizer(), *arguments.peer]
+    kind, peers = kind_of(data), [Quantizer(), *arguments.peer]
     return {
         (name, bits): shelf.cell(partial(make, bits), network.name, len(network.calibration), kind, name, bits)
         for name, make in rows(network, data, reference, peers, arguments.variants).items()
@@ -282,19 +285,18 @@ def kind_of(data: bool) -> str:
     return "activations of 8 bits" if data else "float activations"
 
 
-def table(network: Network, data: bool, reference: Scores, found: Cells, columns: Sequence[int]) -> None:
+def table(title: str, float_model: Figures, found: Cells, compared: Compared, columns: Sequence[int]) -> None:
     """As Markdown, with its remarks."""
-    print(f"\n**{network.name}, {kind_of(data)}**\n")
+    print(f"\n**{title}**\n")
     head("top-1 / agreement / divergence", columns)
-    row("float model", [figures(compare(reference, reference, network.labels))] * len(columns))
+    row("float model", [figures(float_model)] * len(columns))
     notes = Notes()
     for name in dict.fromkeys(name for name, _ in found):
-        made = [found[name, bits] for bits in columns]
-        told = [
-            "not possible" if each.scores is None else figures(compare(reference, each.scores, network.labels))
-            for each in made
-        ]
-        row(name, [f"{one} {notes.letters(each.remarks)}".strip() for one, each in zip(told, made, strict=True)])
+        told = []
+        for cell in ((name, bits) for bits in columns):
+            shown = figures(compared[cell]) if cell in compared else "not possible"
+            told.append(f"{shown} {notes.letters(found[cell].remarks)}".strip())
+        row(name, told)
     if str(notes):
         print(f"\n{notes}")
 
@@ -308,6 +310,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where the outputs of all cells are kept")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
+    shelf = Shelf(arguments.keep)
     packages = [f"{name} {importlib.metadata.version(name)}" for name in ("onnx", "onnxruntime", "numpy")]
     print(f"{datetime.date.today()}; Python {platform.python_version()}, {', '.join(packages)}")
     lost: list[str] = []
@@ -315,15 +318,20 @@ def main() -> int:
     versions: dict[str, str] = {}
     for network in networks(arguments):
         reference = outputs(network.model, network.images)
+        whole = compare(reference, reference, network.labels)
         for data in (False, True):
-            found = cells(network, data, reference, arguments)
-            table(network, data, reference, found, arguments.bits)
+            found = cells(shelf, network, data, reference, arguments)
+            compared = {
+                cell: compare(reference, made.scores, network.labels)
+                for cell, made in found.items()
+                if made.scores is not None
+            }
+            table(f"{network.name}, {kind_of(data)}", whole, found, compared, arguments.bits)
             versions |= {name: made.versions for (name, _), made in found.items() if made.versions}
             if not data:
                 lost += losses(network, reference, found)
-                for cell, made in found.items():
-                    if cell[0] in DEFAULTS and made.scores is not None:
-                        floats[cell].append(compare(reference, made.scores, network.labels))
+                for cell, each in compared.items():
+                    floats[cell].append(each)
     print()
     head("ratio 0.05 less 0, agreement / divergence", arguments.bits)
     for known in ("no data", "samples"):

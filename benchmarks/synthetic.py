@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from accuracy import figures, row
 from networks import DEVIATION, MAKERS, MEAN, Figures, Network, compare, outputs
 
 from onnx_ocs import quantize
@@ -44,41 +45,40 @@ def on_pixels(network: Network, path: Path) -> Network:
     )
 
 
-def measured(network: Network, folder: Path, **options: Any) -> Figures:
-    target = folder / "out.onnx"
-    quantize(network.model, target, ratio=0, verify=False, **options)
-    found = outputs(target, network.images, exact=True)
-    return compare(outputs(network.model, network.images), found, network.labels)
-
-
 def rows(network: Network, folder: Path) -> dict[str, Figures]:
+    reference, target = outputs(network.model, network.images), folder / "out.onnx"
+
+    def measured(**options: Any) -> Figures:
+        quantize(network.model, target, ratio=0, verify=False, **options)
+        return compare(reference, outputs(target, network.images, exact=True), network.labels)
+
     rng = np.random.default_rng(0)
     size = network.images.shape[-1]
     noise = rng.standard_normal((COUNT, 3, size, size)).astype(np.float32)
     pictures = natural_images(COUNT, 3, (size, size), rng).astype(np.float32)
     both = {"bits": 8, "act_bits": 8, "target": "ort", "round": "compensated", "bias_correction": False}
     return {
-        "W5, no data": measured(network, folder, bits=5),
-        "W4, no data": measured(network, folder, bits=4),
-        "W8A8, images": measured(network, folder, calibrate=network.calibration, **both),
-        "W8A8, `--synthetic`": measured(network, folder, synthetic=COUNT, **both),
-        "W8A8, pictures of mean 0, variance 1": measured(network, folder, calibrate=pictures, **both),
-        "W8A8, white noise": measured(network, folder, calibrate=noise, **both),
+        "W5, no data": measured(bits=5),
+        "W4, no data": measured(bits=4),
+        "W8A8, images": measured(calibrate=network.calibration, **both),
+        "W8A8, `--synthetic`": measured(synthetic=COUNT, **both),
+        "W8A8, pictures of mean 0, variance 1": measured(calibrate=pictures, **both),
+        "W8A8, white noise": measured(calibrate=noise, **both),
     }
 
 
 def main() -> int:
     plain = MAKERS["squeezenet"](COUNT)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
         networks = [plain, on_pixels(plain, folder / "pixels.onnx")]
         found = [rows(network, folder) for network in networks]
     print(f"| top-1 / agreement / divergence | {' | '.join(network.name for network in networks)} |\n|---|---|---|")
-    for row in found[0]:
-        print(f"| {row} | {' | '.join(str(each[row]).replace('|', '/') for each in found)} |")
-    lost = [row for row in list(found[0])[:4] if found[1][row].agreement < found[0][row].agreement - 0.5]
-    for row in lost:
-        print(f"\n{row}: worse on pixels")
+    for name in found[0]:
+        row(name, [figures(each[name]) for each in found])
+    lost = [name for name in list(found[0])[:4] if found[1][name].agreement < found[0][name].agreement - 0.5]
+    for name in lost:
+        print(f"\n{name}: worse on pixels")
     return 1 if lost else 0
 
 

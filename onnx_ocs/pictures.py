@@ -17,7 +17,9 @@ from onnx_ocs.graph.batchnorm import Foldable, find_foldable
 from onnx_ocs.graph.editor import Editor
 from onnx_ocs.graph.hints import table_lengths
 from onnx_ocs.graph.layers import Place
+from onnx_ocs.graph.samples import is_mask
 from onnx_ocs.numerics.natural import fit_colours
+from onnx_ocs.synthetic import Picture
 
 KINDS = (np.float32, np.float16, np.float64, np.uint8)
 """Types that pictures have."""
@@ -34,20 +36,11 @@ UNLIKE = 2
 USUAL = 224
 """Rows and columns where they are free, or more."""
 
-WHITE = 255
+WHITE = np.iinfo(np.uint8).max
 """The largest value of a picture of bytes."""
 
 LEAST_SPREAD, MOST_SPREAD = 0.25, 0.6
 """Deviations of the values of photographs, in their means; constants that say otherwise do not tell the deviation."""
-
-
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """An input that takes pictures: the axis of their C colours, and mean and deviation of the values of each."""
-
-    axis: int
-    mean: NDArray[np.float64]  # (C,)
-    deviation: NDArray[np.float64]  # (C,)
 
 
 def picture_axis(shape: Sequence[int | None]) -> int | None:
@@ -78,11 +71,12 @@ def pictures(editor: Editor) -> dict[str, Picture]:
 
 def _inputs(editor: Editor) -> list[tuple[gs.Tensor, int]]:
     """Those, and the axis of their colours; bytes that are a mask, or that index a table, are none."""
-    tables, found = table_lengths(editor), []
+    found = []
     for tensor in editor.scopes[0].graph.inputs:
-        axis = picture_axis(editor.shapes.get(tensor.name, ()))
-        other = tensor.name in tables or "mask" in tensor.name.lower()
-        if axis is not None and tensor.dtype in KINDS and not (tensor.dtype == np.uint8 and other):
+        axis = picture_axis(editor.shapes.get(tensor.name, ())) if tensor.dtype in KINDS else None
+        bytewise = axis is not None and tensor.dtype == np.uint8
+        other = bytewise and (is_mask(tensor.name) or tensor.name in table_lengths(editor))
+        if axis is not None and not other:
             found.append((tensor, axis))
     return found
 
@@ -153,7 +147,7 @@ class _Way:
 
     def _before(self, mean: NDArray[np.float64], variance: NDArray[np.float64]) -> Picture | None:
         """The picture whose prepared values have these."""
-        if mean.size != self.factor.size or variance.size not in (1, self.factor.size):
+        if mean.shape != self.factor.shape or variance.shape != self.factor.shape:
             return None
         return self._sound((mean - self.summand) / self.factor, np.sqrt(variance) / np.abs(self.factor))
 

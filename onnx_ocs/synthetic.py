@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onnx_ocs import child
 from onnx_ocs.errors import BadSamples
 from onnx_ocs.graph.samples import Feed, Guess, Input, generate
 from onnx_ocs.graph.session import Session
 from onnx_ocs.numerics.natural import natural_images
-from onnx_ocs.pictures import WHITE, Picture
 from onnx_ocs.verify import working_guess
 
 COUNT = 32
@@ -23,6 +23,15 @@ MOST = 512
 
 VALUES = 2**22
 """Of all samples that are made then, as far as these bounds allow: 512 of 32 x 32 pixels, 32 of 224 x 224."""
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """An input that takes pictures: the axis of their C colours, and mean and deviation of the values of each."""
+
+    axis: int
+    mean: NDArray[np.float64]  # (C,)
+    deviation: NDArray[np.float64]  # (C,)
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,9 @@ def _feed(inputs: list[Input], guess: Guess, request: Request, rng: np.random.Ge
         images = np.moveaxis(natural_images(count, channels, (sides[0], sides[1]), rng), 1, axis)
         mean, deviation = (np.expand_dims(each, tuple(range(1, 4 - axis))) for each in told)
         images = mean + images * deviation
-        feed[name] = (np.clip(np.rint(images), 0, WHITE) if kind == np.uint8 else images).astype(kind)
+        if kind == np.uint8:
+            images = np.clip(np.rint(images), 0, np.iinfo(kind).max)
+        feed[name] = images.astype(kind)
     return feed
 
 

@@ -338,13 +338,18 @@ def generate(inputs: list[Input], guess: Guess, bounds: dict[str, int], rng: np.
     return feed
 
 
+def is_mask(name: str) -> bool:
+    """Whether an input says by its name that it masks others."""
+    return "mask" in name.lower()
+
+
 def _values(
     item: Input, shape: tuple[int, ...], guess: Guess, bound: int | None, rng: np.random.Generator
 ) -> NDArray[Any]:
     if item.dtype.kind == "f":
         values = rng.random(shape) if guess.positive else rng.standard_normal(shape)
         return np.asarray(values).astype(item.dtype)
-    if item.dtype.kind == "b" or "mask" in item.name.lower():
+    if item.dtype.kind == "b" or is_mask(item.name):
         return np.ones(shape, item.dtype)
     if item.dtype.kind == "O":
         return np.full(shape, "a", object)

@@ -6,7 +6,6 @@ weights to round in place of W (QEP, Arai and Ichikawa, arXiv:2504.09629; GPTAQ,
 same aim). The inverse is damped by much more than rounding needs: samples are few, and the weights are many.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_ocs.numerics.moments import ROWS, MomentRecorder, Moments, roomy
+from onnx_ocs.numerics.moments import MomentRecorder, Moments, roomy, slices
 
 DAMPING, DAMPING_MADE_UP = 0.3, 1.0
 """Of the mean of the second moments, for samples and for made-up ones, which are not quite what the data is."""
@@ -61,19 +60,13 @@ class DriftRecorder:
         self._lost, self._away = np.zeros((groups, inputs)), np.zeros((groups, inputs))
         self._energy = 0.0  # of x - y
         self._products = np.zeros((groups, inputs, inputs))
-        self._middle: NDArray[np.float32] | None = None  # (groups, n), the mean of the first rows of y
         self._rows = 0
 
     def add(self, exact: NDArray[Any], found: NDArray[Any]) -> None:
         """(rows, groups, n) each, x and y; they may be views, of which parts are copied one after the other."""
-        self._found.add(found)
-        step = max(1, ROWS // max(1, math.prod(exact.shape[1:])))
-        for start in range(0, len(exact), step):
-            some = np.array(found[start : start + step], np.float32, order="C")
-            lost = np.array(exact[start : start + step], np.float32, order="C") - some
-            if self._middle is None:
-                self._middle = some.mean(axis=0, dtype=np.float64).astype(np.float32)
-            some -= self._middle
+        for part in slices(found):
+            some = self._found.fold(found[part])
+            lost = np.subtract(exact[part], found[part], order="C", dtype=np.float32, casting="same_kind")
             self._lost += lost.sum(axis=0, dtype=np.float64)
             self._away += some.sum(axis=0, dtype=np.float64)
             self._products += roomy(lost).transpose(1, 2, 0) @ roomy(some).transpose(1, 0, 2)

@@ -1,6 +1,7 @@
 """First and second moments of the data that the weights of a layer are multiplied by, folded in batch by batch."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +99,12 @@ def rows_of(values: NDArray[Any], axis: int, groups: int, window: Window | None)
     return made.reshape(math.prod(made.shape[: 1 + len(window.kernel)]), groups, channels // groups * inner)
 
 
+def slices(rows: NDArray[Any]) -> Iterator[slice]:
+    """Of (rows, groups, n): parts that are few enough to be copied at once."""
+    step = max(1, ROWS // max(1, math.prod(rows.shape[1:])))
+    return (slice(start, start + step) for start in range(0, len(rows), step))
+
+
 def roomy(values: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
     """The same in float64 where float32 could not hold products of them."""
     large = max(float(values.max(initial=0)), -float(values.min(initial=0))) > LARGEST
@@ -125,18 +132,22 @@ class MomentRecorder:
             times: how often each row counts, where only the mean is asked for.
         """
         assert times == 1 or self._products is None
-        step = max(1, ROWS // max(1, math.prod(rows.shape[1:])))
-        for start in range(0, len(rows), step):
-            part = np.array(rows[start : start + step], np.float32, order="C")
-            total = part.sum(axis=0, dtype=np.float64)
-            self._sum += times * total
-            if self._products is not None and len(part):
-                if self._middle is None:
-                    self._middle = (total / len(part)).astype(np.float32)
-                part -= self._middle
-                by_group = roomy(part).transpose(1, 2, 0)
-                self._products += by_group @ by_group.transpose(0, 2, 1)
-            self._rows += times * len(part)
+        for part in slices(rows):
+            self.fold(rows[part], times)
+
+    def fold(self, rows: NDArray[Any], times: int = 1) -> NDArray[np.float32]:
+        """Fold in rows that are few enough to be copied at once; that copy, about 0 where products are made of it."""
+        part = np.array(rows, np.float32, order="C")
+        total = part.sum(axis=0, dtype=np.float64)
+        self._sum += times * total
+        if self._products is not None and len(part):
+            if self._middle is None:
+                self._middle = (total / len(part)).astype(np.float32)
+            part -= self._middle
+            by_group = roomy(part).transpose(1, 2, 0)
+            self._products += by_group @ by_group.transpose(0, 2, 1)
+        self._rows += times * len(part)
+        return part
 
     def finish(self) -> Moments:
         """The moments of all rows so far.

@@ -6,8 +6,9 @@ square, as in noise that is shaped so, but unlike such noise they have edges, wh
 """
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
+
+from onnx_ocs.numerics.moments import Window, rows_of
 
 LEAVES = 300
 """Of an image."""
@@ -17,7 +18,6 @@ SMALLEST, LARGEST = 0.045, 0.35
 
 SHARED = 0.9
 """Of the variance of a channel, that all channels of a leaf have in common."""
-
 
 FITTED = 16
 """Images that tell how much the outputs of a layer vary."""
@@ -81,8 +81,7 @@ def fit_colours(
         return None
     images = natural_images(FITTED, weight.shape[1], sizes, np.random.default_rng(0))
     apart = max(1, min(sizes) // 16)
-    windows = sliding_window_view(images, spans, axis=(2, 3))[:, :, ::apart, ::apart, :: dilations[0], :: dilations[1]]
-    rows = windows.transpose(0, 2, 3, 1, 4, 5).reshape(-1, weight[0].size)
+    rows = rows_of(images, 1, 1, Window(weight.shape[2:], (apart, apart), dilations, (0, 0, 0, 0)))[:, 0]
     flat = weight.reshape(len(weight), -1)
     unit = (rows @ flat.T).var(axis=0)
     ratio = variance / unit

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx_ocs.graph.streams import is_depthwise
 from onnx_ocs.numerics.drift import Drift
 from onnx_ocs.numerics.grid import Grid
-from onnx_ocs.numerics.integers import least_error_threshold, rounded, split_integers
+from onnx_ocs.numerics.integers import Task, least_error_threshold, rounded, split_integers
 from onnx_ocs.numerics.rounding import BY_MOMENTS
 from onnx_ocs.numerics.saturation import kernel_order, row_sums, widened
 from onnx_ocs.numerics.weights import choose_threshold
@@ -63,7 +63,7 @@ class ChooseSteps:
         weight = work.values(plan)
         wanted = weight if drift is None else work.making_up(plan, weight, drift)
         threshold = self._threshold(work, plan, wanted, drift)
-        raised = threshold if most is None else self._raised(work, plan, wanted, drift, threshold, most)
+        raised = threshold if most is None else self._raised(plan, wanted, threshold, most, work.task(plan, drift))
         step, narrowed = Grid(bits).step(raised), int(np.count_nonzero(raised > threshold))
         plan = replace(plan, threshold=raised, step=step, narrowed=narrowed)
         if work.follower is None:
@@ -92,17 +92,11 @@ class ChooseSteps:
         return most if layer.node.op in PAIRED and layer.weight_input == 1 else None
 
     def _raised(
-        self,
-        work: Work,
-        plan: LayerPlan,
-        weight: NDArray[Any],
-        drift: Drift | None,
-        threshold: NDArray[np.float64],
-        most: int,
+        self, plan: LayerPlan, weight: NDArray[Any], threshold: NDArray[np.float64], most: int, task: Task
     ) -> NDArray[np.float64]:
         assert plan.bits is not None
         assert plan.axes.output is not None
-        grid, least, task = Grid(plan.bits), threshold, work.task(plan, drift)
+        grid, least = Grid(plan.bits), threshold
         for _ in range(ROUNDS):
             step = grid.step(threshold)
             integers, _ = split_integers(weight, plan.splits, plan.axes, step, plan.bits, self.aware, task)
