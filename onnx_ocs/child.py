@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import traceback
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_ocs.errors import BadSamples, OcsError, RuntimeFailed, UnsupportedModel
+from onnx_ocs.graph.files import workplace
 
 TIMEOUT = 1800.0
 """Seconds that a child may take if nothing else is said."""
@@ -57,8 +57,7 @@ def call(
         OcsError: what the child raised.
         RuntimeFailed: it crashed or ran out of time.
     """
-    with tempfile.TemporaryDirectory(prefix="onnx-ocs-") as name:
-        folder = Path(name)
+    with workplace(None) as folder:
         asked = {"module": module, "request": request}
         asked |= {"path": [str(entry) for entry in sys.path], "environment": dict(os.environ)}
         (folder / ASKED).write_text(json.dumps(asked))

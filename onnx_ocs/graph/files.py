@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import mmap
 import os
+import secrets
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -202,14 +204,19 @@ def workplace(target: Path | None) -> Iterator[Path]:
     Raises:
         CannotWrite: nothing can be written there.
     """
+    parent = target.resolve().parent if target else Path(tempfile.gettempdir())
+    folder = parent / f".onnx-ocs-{secrets.token_hex(8)}"  # known before it is there, so that no interrupt leaves it
     try:
-        if target is not None and target.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-        folder = tempfile.TemporaryDirectory(prefix=".onnx-ocs-", dir=target.resolve().parent if target else None)
-    except OSError as error:
-        raise CannotWrite(f"{target}: cannot be written ({error.strerror or error}); choose another target") from None
-    with folder as name:
-        yield Path(name)
+        try:
+            if target is not None and target.is_dir():
+                raise IsADirectoryError(0, "it is a folder")
+            folder.mkdir(0o700)
+        except OSError as error:
+            where, other = target or parent, "another target" if target else "another folder (TMPDIR)"
+            raise CannotWrite(f"{where}: cannot be written ({error.strerror or error}); choose {other}") from None
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(result: Path, target: Path) -> None:

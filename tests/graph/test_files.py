@@ -181,6 +181,17 @@ def test_publishing_onto_a_folder_is_told(tmp_path):
             files.publish(folder / "m.onnx", tmp_path / "m.onnx")
 
 
+def test_a_workplace_is_gone_where_an_interrupt_comes_as_it_is_made(tmp_path, monkeypatch):
+    def interrupted(folder, mode):
+        os.mkdir(folder, mode)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.Path, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt), files.workplace(tmp_path / "m.onnx"):
+        pass
+    assert listed(tmp_path) == []
+
+
 def test_a_workplace_is_cleaned_up_after_an_error(tmp_path):
     def fails():
         with files.workplace(tmp_path / "m.onnx") as folder:
