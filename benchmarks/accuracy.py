@@ -230,7 +230,11 @@ def lower_end(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
 
 def losses(network: Network, reference: Scores, found: Cells) -> Iterator[str]:
     """Where a default is worse than one of the others."""
-    agreed = {cell: agreeing(reference, made.scores) for cell, made in found.items() if made.scores is not None}
+    agreed = {
+        cell: network.by_sample(agreeing(reference, made.scores))
+        for cell, made in found.items()
+        if made.scores is not None
+    }
     for name, bits in found:
         for other in OTHERS if name in DEFAULTS and bits >= NARROWEST else ():
             first, second = agreed[name, bits], agreed[other, bits]

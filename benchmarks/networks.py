@@ -13,8 +13,9 @@ import math
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import onnx
@@ -26,6 +27,21 @@ from onnx_ocs.numerics.compare import Difference
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+SHIFTS = (0, -2, 2, -1, 1)
+"""Frames by which words are moved."""
+
+CUTS = ((0, 0, 224, 224), (0, 0, 192, 192), (32, 0, 224, 192), (0, 32, 192, 224), (32, 32, 224, 224))
+"""Of a photo: the whole, and all but a seventh of each side, from each corner."""
+
+SIDE = 96
+"""Of the images that MobileNet takes."""
+
+BILINEAR = 2
+"""Pillow's number of this filter."""
+
+Change = Callable[[Any], Any]
+"""What is made of a picture, Pillow's Image."""
+
 
 @dataclass(frozen=True, eq=False)
 class Network:
@@ -34,10 +50,15 @@ class Network:
     name: str
     model: Path
     calibration: NDArray[np.float32]
-    images: NDArray[np.float32]
+    images: NDArray[np.float32]  # those of the first view, those of the second ...
     labels: NDArray[np.int64]  # of the first of ``images``
     classes: bool = True  # whether the outputs are scores, of which the largest means something
     dense: bool = False  # nearly all weights are those of dense layers, which the paper's preset leaves float
+    views: int = 1  # of each sample: other cuts, or shifts
+
+    def by_sample(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(samples,), the mean of the views of each, which are not independent; of values of all images."""
+        return np.asarray(values.reshape(self.views, -1).mean(axis=0))
 
 
 @dataclass(frozen=True)
@@ -143,32 +164,37 @@ def _resnet20(calibrate: int) -> Network:
 
 
 def _squeezenet(calibrate: int) -> Network:
-    """64 images of the 400, spread over the classes, are for calibration."""
-    with zipfile.ZipFile(assets() / "data" / "imagenet_400.zip") as archive:
-        names = sorted(name for name in archive.namelist() if name.lower().endswith((".jpg", ".jpeg")))
-        images = _decoded((archive.open(name) for name in names), None)
+    names, images = _photos()
+    images, apart = _normalized(images), _for_calibration(len(names))
     labels = np.array([int(Path(name).stem[:4]) for name in names])
-    chosen = np.arange(len(names)) * 64 // len(names)
-    apart = np.append(True, chosen[1:] != chosen[:-1])
     model = assets() / "models" / "imagenet_squeezenet1.1.onnx"
     return Network("SqueezeNet 1.1", model, images[apart][:calibrate], images[~apart], labels[~apart])
 
 
 def _keywords(calibrate: int) -> Network:
-    """Features of spoken words, and the network of depthwise convolutions that tells them apart."""
+    """Features of spoken words, and the network of depthwise convolutions that tells them apart.
+
+    It is measured on each word as it is, and as if it had begun up to two frames earlier or later.
+    """
     data = np.load(assets() / "data" / "kws01_1000_float.npz")
     cut = min(calibrate, 200)
+    words, frames = data["x"][cut:], np.arange(data["x"].shape[2])
+    shifted = [words.take(np.clip(frames + late, 0, frames[-1]), axis=2) for late in SHIFTS]
+    labels = np.tile(data["y"][cut:].astype(np.int64), len(SHIFTS))
     model = assets() / "models" / "kws_dscnn.onnx"
-    return Network("DS-CNN", model, data["x"][:cut], data["x"][cut:], data["y"][cut:].astype(np.int64))
+    return Network("DS-CNN", model, data["x"][:cut], np.concatenate(shifted), labels, views=len(SHIFTS))
 
 
 def _mobilenet(calibrate: int) -> Network:
-    """There are no images for it, so it sees those of CIFAR-10 at three times their size, which have no labels here."""
-    data = np.load(assets() / "data" / "cifar10.npz")
-    images = data["train_x"][: min(calibrate, 128)], data["test_x"]
-    large = [pixels.repeat(3, axis=2).repeat(3, axis=3).astype(np.float32) / 255 for pixels in images]
-    model = assets() / "models" / "vww_mobilenetv1_0.25_96_bn.onnx"
-    return Network("MobileNet 0.25", model, *large, np.zeros(0, np.int64))
+    """It tells whether there is a person in a photo: in those of SqueezeNet, in five cuts each, without labels.
+
+    It calls nearly all images of CIFAR-10 empty, so that a constant would agree with it on these.
+    """
+    cuts = [_photos(partial(_scaled, box))[1] for box in CUTS]
+    apart = _for_calibration(len(cuts[0]))
+    images, model = np.concatenate([cut[~apart] for cut in cuts]), "vww_mobilenetv1_0.25_96_bn.onnx"
+    calibration, labels = cuts[0][apart][:calibrate], np.zeros(0, np.int64)
+    return Network("MobileNet 0.25", assets() / "models" / model, calibration, images, labels, views=len(CUTS))
 
 
 def _transformer(calibrate: int) -> Network:
@@ -188,20 +214,34 @@ def _autoencoder(calibrate: int) -> Network:
     return Network("MLP", model, values[:calibrate], values[calibrate:], np.zeros(0, np.int64), classes=False)
 
 
+def _photos(changed: Change | None = None) -> tuple[list[str], NDArray[np.float32]]:
+    """400 of ImageNet, in the order of their classes: names, and images from 0 to 1."""
+    with zipfile.ZipFile(assets() / "data" / "imagenet_400.zip") as archive:
+        names = sorted(name for name in archive.namelist() if name.lower().endswith((".jpg", ".jpeg")))
+        return names, _decoded((archive.open(name) for name in names), changed)
+
+
+def _for_calibration(count: int) -> NDArray[np.bool_]:
+    """Which 64 of so many photos are, spread over the classes."""
+    chosen = np.arange(count) * 64 // count
+    return np.append(True, chosen[1:] != chosen[:-1])
+
+
 def _from_folder(arguments: argparse.Namespace) -> Network:
     if arguments.images is None:
         raise SystemExit("--model needs --images")
     folders = sorted(folder for folder in arguments.images.iterdir() if folder.is_dir())
     files = [(file, label) for label, folder in enumerate(folders) for file in sorted(folder.iterdir())]
     order = np.random.default_rng(0).permutation(len(files))[: arguments.limit + arguments.calibrate]
-    images = _decoded((files[i][0].open("rb") for i in order), arguments.size)
+    pictures = (files[i][0].open("rb") for i in order)
+    images = _normalized(_decoded(pictures, partial(_centre, arguments.size)))
     labels = np.array([files[i][1] for i in order])
     cut = arguments.calibrate
     return Network(arguments.model.stem, arguments.model, images[:cut], images[cut:], labels[cut:])
 
 
-def _decoded(files: Iterable[IO[bytes]], size: int | None) -> NDArray[np.float32]:
-    """RGB images: the shorter side 8/7 of ``size``, the centre cut out; as they are without a size."""
+def _decoded(files: Iterable[IO[bytes]], changed: Change | None) -> NDArray[np.float32]:
+    """(N, 3, rows, columns), RGB from 0 to 1."""
     try:
         from PIL import Image
     except ModuleNotFoundError:
@@ -210,13 +250,20 @@ def _decoded(files: Iterable[IO[bytes]], size: int | None) -> NDArray[np.float32
     for file in files:
         with file, Image.open(file) as image:
             picture = image.convert("RGB")
-            if size is not None:
-                scale = size * 8 / 7 / min(picture.size)
-                picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BILINEAR)
-                left, top = ((side - size) // 2 for side in picture.size)
-                picture = picture.crop((left, top, left + size, top + size))
-            made.append(np.asarray(picture).transpose(2, 0, 1))
-    return _normalized(np.stack(made).astype(np.float32) / 255)
+            made.append(np.asarray(picture if changed is None else changed(picture)).transpose(2, 0, 1))
+    return np.stack(made).astype(np.float32) / 255
+
+
+def _centre(size: int, picture: Any) -> Any:
+    """The shorter side 8/7 of ``size``, the centre cut out."""
+    scale = size * 8 / 7 / min(picture.size)
+    picture = picture.resize([round(side * scale) for side in picture.size], BILINEAR)
+    left, top = ((side - size) // 2 for side in picture.size)
+    return picture.crop((left, top, left + size, top + size))
+
+
+def _scaled(box: tuple[int, int, int, int], picture: Any) -> Any:
+    return picture.resize((SIDE, SIDE), BILINEAR, box)
 
 
 def _normalized(

@@ -30,9 +30,6 @@ CHANNELS = (1, 3)
 SMALLEST = 8
 """Rows and columns that a picture has at least."""
 
-UNLIKE = 2
-"""Times that one side of a picture without colours is the other at most; spectrograms are longer, as a rule."""
-
 USUAL = 224
 """Rows and columns where they are free, or more."""
 
@@ -46,13 +43,14 @@ LEAST_SPREAD, MOST_SPREAD = 0.25, 0.6
 def picture_axis(shape: Sequence[int | None]) -> int | None:
     """The axis of the colours, 1 or 3, of an input that looks like pictures; None for others.
 
-    They have three colours, with sides that may be free, None; or one, and sides that are known and not too unlike.
+    They have three colours, with sides that may be free, None; or one, and sides that are known. Spectrograms count as
+    such: their values, too, are flat in regions that have edges.
     """
     for axis in (1, 3) if len(shape) == 4 else ():
         colours, sides = shape[axis], [size for place, size in enumerate(shape) if place not in (0, axis)]
         known = [size for size in sides if size is not None]
-        alike = len(known) == 2 and max(known) <= UNLIKE * min(known)
-        if colours in CHANNELS and min(known, default=SMALLEST) >= SMALLEST and (colours > 1 or alike):
+        enough = len(known) == len(sides) or colours != 1
+        if colours in CHANNELS and min(known, default=SMALLEST) >= SMALLEST and enough:
             return axis
     return None
 

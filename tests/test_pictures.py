@@ -21,14 +21,15 @@ from onnx_ocs.synthetic import make_samples
         ((None, 3, None, None), 1),
         ((1, 224, 224, 3), 3),
         ((1, 1, 28, 28), 1),
-        ((1, 1, None, None), None),  # may be a spectrogram
-        ((1, 1, 49, 10), None),
+        ((1, 1, None, None), None),  # may be a mask
+        ((1, 1, 49, 10), 1),  # a spectrogram
+        ((1, 96, 64, 1), 3),
         ((1, 3, 4, 16), None),
         ((None, 64), None),
         ((None, 4, None, 64), None),  # heads of attention
     ],
 )
-def test_pictures_have_three_colours_or_sides_that_are_alike(shape, axis):
+def test_pictures_have_three_colours_or_sides_that_are_known(shape, axis):
     assert picture_axis(shape) == axis
 
 

@@ -10,6 +10,12 @@ from numpy.typing import NDArray
 CHUNK = 2**18
 """Values worked on at a time, so that temporaries stay in the cache."""
 
+PROBED = 8
+"""Values of a row that are looked at first, about."""
+
+ROUNDED_OFF, FARTHEST = 4.0, 0.05
+"""Roundings of floats that a multiple of a step has seen at most, and how many steps it is off by them at most."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -45,6 +51,31 @@ def affine(low: float, high: float, bits: int) -> tuple[NDArray[np.float32], int
     if step < np.finfo(np.float32).tiny:
         return np.array(1, np.float32), 0
     return np.array(step, np.float32), int(np.clip(np.floor(-low / float(step) + 0.5), 0, levels))
+
+
+def common_step(rows: NDArray[Any], least: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(R,), the coarsest step that all values of a row are multiples of, to their precision; NaN where there is none.
+
+    Args:
+        rows: (R, n), of a type of floats.
+        least: (R,), the finest step that is looked for.
+    """
+    epsilon, found = float(np.finfo(rows.dtype).eps), np.full(len(rows), np.nan)
+    peak = np.maximum(rows.max(axis=1), -rows.min(axis=1)).astype(np.float64)
+    most = np.floor(np.divide(peak, least, out=np.zeros(len(rows)), where=least > 0) * (1 + epsilon) + epsilon)
+    probe = rows[:, :: max(1, rows.shape[1] // PROBED)].astype(np.float64)
+
+    def is_multiple(values: NDArray[np.float64], step: NDArray[np.float64], times: int) -> NDArray[np.bool_]:
+        scaled = values / step[:, None]
+        off = np.abs(scaled - np.floor(scaled + 0.5)).max(axis=1)
+        return np.asarray(off <= min(ROUNDED_OFF * epsilon * times, FARTHEST))
+
+    for times in range(1, int(most.max(initial=0)) + 1):
+        some = np.flatnonzero(np.isnan(found) & (times <= most))
+        some = some[is_multiple(probe[some], peak[some] / times, times)]
+        some = some[is_multiple(rows[some].astype(np.float64), peak[some] / times, times)]
+        found[some] = peak[some] / times
+    return found
 
 
 def nearest(values: NDArray[np.floating], step: NDArray[np.float32]) -> NDArray[np.float64]:

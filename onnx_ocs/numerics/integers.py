@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_ocs.numerics.compare import decibels
-from onnx_ocs.numerics.grid import CHUNK, Grid, nearest, pieces
+from onnx_ocs.numerics.grid import CHUNK, Grid, common_step, nearest, pieces
 from onnx_ocs.numerics.rounding import ROUNDINGS, SWEEPS, Rows, SecondMoments
 from onnx_ocs.numerics.split import SplitPlan, along, deal, expand, recombine
 from onnx_ocs.numerics.weights import Axes, by_group, by_output, grouped, shaped_step, ungrouped
@@ -125,11 +125,15 @@ def least_error_threshold(
     threshold: NDArray[np.float64],
     bits: int,
     task: Task,
+    exact: NDArray[np.float64],
 ) -> NDArray[np.float64]:
     """The fraction of ``threshold``, for all or for each output, with the least squared error of the output.
 
     Of some fractions far apart first, then of those about the best. The error is ``e' H e`` with the second moments H
     of the data, of the very integers that ``task`` makes.
+
+    Args:
+        exact: thresholds that are tried as well, or NaN, by :func:`exact_threshold`.
     """
     moments, grid = task.moments, Grid(bits)
     assert moments is not None
@@ -151,7 +155,24 @@ def least_error_threshold(
         middle = best
         for side in (-distance, distance):
             attempt(np.minimum(middle + side, 1))
+    if (exact > 0).any():
+        attempt(np.divide(exact, threshold, out=np.ones(threshold.shape), where=exact > 0))
     return threshold * best
+
+
+def exact_threshold(weight: NDArray[Any], axes: Axes, largest: NDArray[np.float64], bits: int) -> NDArray[np.float64]:
+    """The threshold under which no weight is rounded, in the shape of ``largest``; NaN where there is none.
+
+    So it is where weights are multiples of a step already: they were integers once, or trained to be.
+
+    Args:
+        largest: the largest shares of the split weight, for all or for each output, below which it would be clipped.
+    """
+    levels = Grid(bits).levels
+    rows = grouped(weight, axes)
+    rows = by_output(rows.reshape(*rows.shape[:2], -1), axes, *largest.shape) if largest.shape else rows.reshape(1, -1)
+    step = common_step(rows, largest.reshape(-1) / levels)
+    return np.asarray(step * levels).reshape(largest.shape)
 
 
 def refitted_step(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx_ocs.graph.streams import is_depthwise
 from onnx_ocs.numerics.drift import Drift
 from onnx_ocs.numerics.grid import Grid
-from onnx_ocs.numerics.integers import Task, least_error_threshold, rounded, split_integers
+from onnx_ocs.numerics.integers import Task, exact_threshold, least_error_threshold, rounded, split_integers
 from onnx_ocs.numerics.rounding import BY_MOMENTS
 from onnx_ocs.numerics.saturation import kernel_order, row_sums, widened
 from onnx_ocs.numerics.weights import choose_threshold
@@ -73,15 +73,19 @@ class ChooseSteps:
 
     def _threshold(self, work: Work, plan: LayerPlan, weight: NDArray[Any], drift: Drift | None) -> NDArray[np.float64]:
         assert plan.bits is not None
-        clip = plan.given.get("clip", self.clip)
-        chosen, moments = clip == "auto", plan.rounding in BY_MOMENTS
-        if chosen and not moments and plan.planned is not None:
-            return plan.planned
-        clip = "none" if chosen else clip
-        threshold = choose_threshold(weight, plan.splits, plan.axes, plan.per_channel, clip, plan.bits)
-        if not chosen or not moments or plan.block is not None:
-            return threshold
-        return least_error_threshold(weight, plan.splits, plan.axes, threshold, plan.bits, work.task(plan, drift))
+        clip, by_moments = plan.given.get("clip", self.clip), plan.rounding in BY_MOMENTS
+        if clip != "auto":
+            return choose_threshold(weight, plan.splits, plan.axes, plan.per_channel, clip, plan.bits)
+        largest = choose_threshold(weight, plan.splits, plan.axes, plan.per_channel, "none", plan.bits)
+        known = largest if by_moments or plan.planned is None else plan.planned
+        if plan.block is not None:
+            return known
+        exact = np.full(largest.shape, np.nan)
+        if self.aware:
+            exact = exact_threshold(work.values(plan), plan.axes, largest, plan.bits)
+        if not by_moments:
+            return np.where(exact > 0, exact, known)
+        return least_error_threshold(weight, plan.splits, plan.axes, largest, plan.bits, work.task(plan, drift), exact)
 
     def _most(self, plan: LayerPlan) -> int | None:
         """The largest integer of the layer's data, if its kernel adds products in pairs; it shifts signed ones."""

@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 
-from onnx_ocs.numerics.grid import CHUNK, Grid, nearest, pieces
+from onnx_ocs.numerics.grid import CHUNK, Grid, common_step, nearest, pieces
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -31,3 +34,38 @@ def test_pieces_cover_an_array_once(shape):
     for piece in pieces(seen):
         seen[piece] += 1
     assert (seen == 1).all()
+
+
+def largest_common_divisor(integers):
+    return np.gcd.reduce(np.abs(integers), axis=1)
+
+
+@given(
+    arrays.arrays(np.int64, st.tuples(st.integers(1, 4), st.integers(1, 40)), elements=st.integers(-254, 254)),
+    st.floats(2**-20, 2**20, width=32),
+)
+def test_the_common_step_is_the_coarsest_that_divides_all_values(integers, step):
+    rows = integers.astype(np.float32) * np.float32(step)
+    found = common_step(rows, np.full(len(rows), step * (1 - 1e-6)))
+    divisors = largest_common_divisor(integers)
+    np.testing.assert_array_equal(np.isnan(found), divisors == 0)
+    np.testing.assert_allclose(found[divisors > 0], step * divisors[divisors > 0], rtol=1e-6)
+
+
+def test_a_step_is_not_found_where_values_lie_off_the_grid_or_it_would_be_too_fine(rng):
+    on = (rng.integers(-100, 100, (4, 50)) * 0.01).astype(np.float32)
+    on[:, 0], on[:, 1] = 1.0, 0.01
+    off = on.copy()
+    off[:, 17] += np.float32(0.001)
+    least = np.full(4, 0.0099)
+    assert not np.isnan(common_step(on, least)).any()
+    assert np.isnan(common_step(off, least)).all()
+    assert np.isnan(common_step(on, least * 1.02)).all()
+    assert np.isnan(common_step(rng.standard_normal((4, 50)).astype(np.float32), least)).all()
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_a_step_is_found_to_the_precision_of_the_values(kind, rng):
+    integers = rng.integers(-7, 7, (3, 30), endpoint=True)
+    integers[:, 0], integers[:, 1] = 7, 1
+    np.testing.assert_allclose(common_step(integers.astype(kind) * kind(0.3), np.full(3, 0.29)), 0.3, rtol=1e-2)

@@ -86,6 +86,37 @@ def test_hessian_has_less_error_of_the_output_than_nearest(name):
     assert error(model, inputs) < nearest
 
 
+def on_a_grid(model):
+    """Weights that are multiples of a step, five times it at most."""
+    for place, tensor in enumerate(model.graph.initializer):
+        values = onnx.numpy_helper.to_array(tensor)
+        if tensor.name.startswith("w") and values.dtype.kind == "f":
+            integers = np.random.default_rng(place).integers(-5, 5, values.shape, endpoint=True)
+            held = (integers * [0.75, 1 / 64][place % 2]).astype(values.dtype)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(held, tensor.name))
+    return model
+
+
+def least_sqnr(model, **options):
+    layers = made(model, samples(model), **options).report["layers"]
+    return min(row["sqnr_db"] for row in layers if row["status"] != "declined")
+
+
+@pytest.mark.parametrize("name", sorted(set(ROWS) - MIXED))
+@pytest.mark.parametrize("rounding", ["compensated", "hessian"])
+def test_weights_that_lie_on_a_grid_stay_as_they_are(name, rounding):
+    assert least_sqnr(on_a_grid(row_model(name)), round=rounding) > 100
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_the_step_of_a_grid_is_taken_unless_a_threshold_was_asked_for(rounding, per_channel):
+    model = on_a_grid(row_model("Conv 2-D"))
+    assert least_sqnr(model, round=rounding, per_channel=per_channel) > 100
+    assert least_sqnr(model, round=rounding, per_channel=per_channel, clip="none") < 60
+    assert least_sqnr(model, round=rounding, per_channel=per_channel, bits=3) < 60
+
+
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("name", ["Conv 1-D", "Conv 2-D", "Conv 3-D", "Conv grouped", "Conv depthwise", "Gemm"])
 def test_a_corrected_bias_keeps_the_mean_of_each_output(name, rounding):
