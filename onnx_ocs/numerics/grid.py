@@ -11,7 +11,7 @@ CHUNK = 2**18
 """Values worked on at a time, so that temporaries stay in the cache."""
 
 PROBED = 8
-"""Values of a row that are looked at first, about."""
+"""Values of a row that are looked at first: so many of the largest, and about as many others."""
 
 ROUNDED_OFF, FARTHEST = 4.0, 0.05
 """Roundings of floats that a multiple of a step has seen at most, and how many steps it is off by them at most."""
@@ -61,9 +61,11 @@ def common_step(rows: NDArray[Any], least: NDArray[np.float64]) -> NDArray[np.fl
         least: (R,), the finest step that is looked for.
     """
     epsilon, found = float(np.finfo(rows.dtype).eps), np.full(len(rows), np.nan)
-    peak = np.maximum(rows.max(axis=1), -rows.min(axis=1)).astype(np.float64)
+    sizes = np.abs(rows)
+    largest = np.partition(sizes, -min(PROBED, sizes.shape[1]), axis=1)[:, -PROBED:]
+    peak = largest.max(axis=1).astype(np.float64)
+    probe = np.hstack([largest, sizes[:, :: max(1, sizes.shape[1] // PROBED)]]).astype(np.float64)
     most = np.floor(np.divide(peak, least, out=np.zeros(len(rows)), where=least > 0) * (1 + epsilon) + epsilon)
-    probe = rows[:, :: max(1, rows.shape[1] // PROBED)].astype(np.float64)
 
     def is_multiple(values: NDArray[np.float64], step: NDArray[np.float64], times: int) -> NDArray[np.bool_]:
         scaled = values / step[:, None]
@@ -73,7 +75,7 @@ def common_step(rows: NDArray[Any], least: NDArray[np.float64]) -> NDArray[np.fl
     for times in range(1, int(most.max(initial=0)) + 1):
         some = np.flatnonzero(np.isnan(found) & (times <= most))
         some = some[is_multiple(probe[some], peak[some] / times, times)]
-        some = some[is_multiple(rows[some].astype(np.float64), peak[some] / times, times)]
+        some = some[is_multiple(sizes[some].astype(np.float64), peak[some] / times, times)]
         found[some] = peak[some] / times
     return found
 
