@@ -278,8 +278,9 @@ def rows(network: Network, data: bool, reference: Scores, peers: Sequence[Quanti
 def cells(shelf: Shelf, network: Network, data: bool, reference: Scores, arguments: argparse.Namespace) -> Cells:
     """All of one table, made or taken from the shelf."""
     kind, peers = kind_of(data), [Quantizer(), *arguments.peer]
+    counts = len(network.calibration), len(network.images)
     return {
-        (name, bits): shelf.cell(partial(make, bits), network.name, len(network.calibration), kind, name, bits)
+        (name, bits): shelf.cell(partial(make, bits), network.name, *counts, kind, name, bits)
         for name, make in rows(network, data, reference, peers, arguments.variants).items()
         for bits in arguments.bits
     }

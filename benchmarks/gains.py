@@ -29,12 +29,12 @@ STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def drawn(network: Network, number: int) -> Network:
-    """With other samples to calibrate on; labels are left out."""
+    """With other samples to calibrate on; of the others the first view alone, without labels."""
     rng, count = np.random.default_rng(number), len(network.calibration)
-    everything = np.unique(np.concatenate([network.calibration, network.images]), axis=0)
-    order = rng.permutation(len(everything))
-    none = np.zeros(0, np.int64)
-    return replace(network, calibration=everything[order[:count]], images=everything[order[count:]], labels=none)
+    first = network.images[: len(network.images) // network.views]
+    everything = np.unique(np.concatenate([network.calibration, first]), axis=0)
+    calibration, images = np.split(everything[rng.permutation(len(everything))], [count])
+    return replace(network, calibration=calibration, images=images, labels=np.zeros(0, np.int64), views=1)
 
 
 def gains(network: Network, step: str, widths: list[int], draws: int, samples: bool) -> NDArray[np.float64]:

@@ -40,7 +40,7 @@ BILINEAR = 2
 """Pillow's number of this filter."""
 
 Change = Callable[[Any], Any]
-"""What is made of a picture, Pillow's Image."""
+"""What is made of a picture, Pillow's Image: another, or arrays of several."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,11 +190,10 @@ def _mobilenet(calibrate: int) -> Network:
 
     It calls nearly all images of CIFAR-10 empty, so that a constant would agree with it on these.
     """
-    cuts = [_photos(partial(_scaled, box))[1] for box in CUTS]
-    apart = _for_calibration(len(cuts[0]))
-    images, model = np.concatenate([cut[~apart] for cut in cuts]), "vww_mobilenetv1_0.25_96_bn.onnx"
-    calibration, labels = cuts[0][apart][:calibrate], np.zeros(0, np.int64)
-    return Network("MobileNet 0.25", assets() / "models" / model, calibration, images, labels, views=len(CUTS))
+    photos, model = _photos(_cuts)[1], assets() / "models" / "vww_mobilenetv1_0.25_96_bn.onnx"
+    apart, labels = _for_calibration(len(photos)), np.zeros(0, np.int64)
+    images = np.concatenate(list(photos[~apart].swapaxes(0, 1)))
+    return Network("MobileNet 0.25", model, photos[apart, 0][:calibrate], images, labels, views=len(CUTS))
 
 
 def _transformer(calibrate: int) -> Network:
@@ -241,7 +240,7 @@ def _from_folder(arguments: argparse.Namespace) -> Network:
 
 
 def _decoded(files: Iterable[IO[bytes]], changed: Change | None) -> NDArray[np.float32]:
-    """(N, 3, rows, columns), RGB from 0 to 1."""
+    """(N, 3, rows, columns), RGB from 0 to 1; (N, several, 3, rows, columns) where several are made of each."""
     try:
         from PIL import Image
     except ModuleNotFoundError:
@@ -250,7 +249,7 @@ def _decoded(files: Iterable[IO[bytes]], changed: Change | None) -> NDArray[np.f
     for file in files:
         with file, Image.open(file) as image:
             picture = image.convert("RGB")
-            made.append(np.asarray(picture if changed is None else changed(picture)).transpose(2, 0, 1))
+            made.append(np.moveaxis(np.asarray(picture if changed is None else changed(picture)), -1, -3))
     return np.stack(made).astype(np.float32) / 255
 
 
@@ -262,8 +261,8 @@ def _centre(size: int, picture: Any) -> Any:
     return picture.crop((left, top, left + size, top + size))
 
 
-def _scaled(box: tuple[int, int, int, int], picture: Any) -> Any:
-    return picture.resize((SIDE, SIDE), BILINEAR, box)
+def _cuts(picture: Any) -> NDArray[np.uint8]:
+    return np.stack([np.asarray(picture.resize((SIDE, SIDE), BILINEAR, box)) for box in CUTS])
 
 
 def _normalized(

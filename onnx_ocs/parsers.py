@@ -141,7 +141,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help=(
             f"threshold of the weights: {', '.join(clip_names())}, or auto: with --round hessian, synthetic or assumed "
-            f"the least error of the output, else none ({DEFAULTS.clip})"
+            f"the least error of the output, else none, or the grid that weights lie on ({DEFAULTS.clip})"
         ).replace("%", "%%"),
     )
     parser.add_argument(

@@ -30,6 +30,9 @@ CHANNELS = (1, 3)
 SMALLEST = 8
 """Rows and columns that a picture has at least."""
 
+LONGEST = 16
+"""Times that one side of a picture is the other at most; what is longer is several series in time."""
+
 USUAL = 224
 """Rows and columns where they are free, or more."""
 
@@ -50,7 +53,8 @@ def picture_axis(shape: Sequence[int | None]) -> int | None:
         colours, sides = shape[axis], [size for place, size in enumerate(shape) if place not in (0, axis)]
         known = [size for size in sides if size is not None]
         enough = len(known) == len(sides) or colours != 1
-        if colours in CHANNELS and min(known, default=SMALLEST) >= SMALLEST and enough:
+        smallest, largest = min(known, default=SMALLEST), max(known, default=SMALLEST)
+        if colours in CHANNELS and enough and smallest >= SMALLEST and largest <= LONGEST * smallest:
             return axis
     return None
 

@@ -24,6 +24,7 @@ from onnx_ocs.synthetic import make_samples
         ((1, 1, None, None), None),  # may be a mask
         ((1, 1, 49, 10), 1),  # a spectrogram
         ((1, 96, 64, 1), 3),
+        ((1, 1, 8, 4000), None),
         ((1, 3, 4, 16), None),
         ((None, 64), None),
         ((None, 4, None, 64), None),  # heads of attention

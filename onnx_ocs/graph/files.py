@@ -204,19 +204,22 @@ def workplace(target: Path | None) -> Iterator[Path]:
     Raises:
         CannotWrite: nothing can be written there.
     """
-    parent = target.resolve().parent if target else Path(tempfile.gettempdir())
-    folder = parent / f".onnx-ocs-{secrets.token_hex(8)}"  # known before it is there, so that no interrupt leaves it
+    where = target or "a temporary folder"
+    folder = Path()
     try:
         try:
             if target is not None and target.is_dir():
                 raise IsADirectoryError(0, "it is a folder")
+            parent = target.resolve().parent if target else Path(tempfile.gettempdir())
+            folder = parent / f".onnx-ocs-{secrets.token_hex(8)}"  # known before it is there: no interrupt leaves it
             folder.mkdir(0o700)
         except OSError as error:
-            where, other = target or parent, "another target" if target else "another folder (TMPDIR)"
+            other = "another target" if target else "another one (TMPDIR)"
             raise CannotWrite(f"{where}: cannot be written ({error.strerror or error}); choose {other}") from None
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.name:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(result: Path, target: Path) -> None:

@@ -10,10 +10,7 @@ from numpy.typing import NDArray
 CHUNK = 2**18
 """Values worked on at a time, so that temporaries stay in the cache."""
 
-PROBED = 8
-"""Values of a row that are looked at first: so many of the largest, and about as many others."""
-
-ROUNDED_OFF, FARTHEST = 4.0, 0.05
+ROUNDED_OFF, FARTHEST = 2.0, 0.05
 """Roundings of floats that a multiple of a step has seen at most, and how many steps it is off by them at most."""
 
 
@@ -60,24 +57,32 @@ def common_step(rows: NDArray[Any], least: NDArray[np.float64]) -> NDArray[np.fl
         rows: (R, n), of a type of floats.
         least: (R,), the finest step that is looked for.
     """
+    rows = rows if rows.dtype.kind == "f" else rows.astype(np.float32)
     epsilon, found = float(np.finfo(rows.dtype).eps), np.full(len(rows), np.nan)
-    sizes = np.abs(rows)
-    largest = np.partition(sizes, -min(PROBED, sizes.shape[1]), axis=1)[:, -PROBED:]
-    peak = largest.max(axis=1).astype(np.float64)
-    probe = np.hstack([largest, sizes[:, :: max(1, sizes.shape[1] // PROBED)]]).astype(np.float64)
+    places = rows.shape[1] - 2 ** np.arange(rows.shape[1].bit_length())
+    probe = np.abs(rows)
+    probe.partition(places, axis=1)
+    probe = probe[:, places]
+    peak = probe[:, 0].astype(np.float64)
     most = np.floor(np.divide(peak, least, out=np.zeros(len(rows)), where=least > 0) * (1 + epsilon) + epsilon)
-
-    def is_multiple(values: NDArray[np.float64], step: NDArray[np.float64], times: int) -> NDArray[np.bool_]:
-        scaled = values / step[:, None]
-        off = np.abs(scaled - np.floor(scaled + 0.5)).max(axis=1)
-        return np.asarray(off <= min(ROUNDED_OFF * epsilon * times, FARTHEST))
-
     for times in range(1, int(most.max(initial=0)) + 1):
-        some = np.flatnonzero(np.isnan(found) & (times <= most))
-        some = some[is_multiple(probe[some], peak[some] / times, times)]
-        some = some[is_multiple(sizes[some].astype(np.float64), peak[some] / times, times)]
-        found[some] = peak[some] / times
+        step, tolerance = peak / times, min(ROUNDED_OFF * epsilon * times, FARTHEST)
+        likely = _multiples(probe, np.flatnonzero(np.isnan(found) & (times <= most)), step, tolerance, 1)
+        fits = _multiples(rows, likely, step, tolerance, max(1, CHUNK // max(1, len(likely))))
+        found[fits] = step[fits]
     return found
+
+
+def _multiples(
+    rows: NDArray[Any], among: NDArray[np.int64], step: NDArray[np.float64], tolerance: float, width: int
+) -> NDArray[np.int64]:
+    """Which of the rows ``among`` are multiples of their step, looked at ``width`` columns at a time."""
+    for start in range(0, rows.shape[1], width):
+        if not len(among):
+            break
+        scaled = rows[among, start : start + width] / step[among, None]
+        among = among[(np.abs(scaled - np.floor(scaled + 0.5)) <= tolerance).all(axis=1)]
+    return among
 
 
 def nearest(values: NDArray[np.floating], step: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -161,7 +161,7 @@ def least_error_threshold(
 
 
 def exact_threshold(weight: NDArray[Any], axes: Axes, largest: NDArray[np.float64], bits: int) -> NDArray[np.float64]:
-    """The threshold under which no weight is rounded, in the shape of ``largest``; NaN where there is none.
+    """The least threshold under which no weight is rounded, in the shape of ``largest``; NaN where there is none.
 
     So it is where weights are multiples of a step already: they were integers once, or trained to be.
 
@@ -171,8 +171,10 @@ def exact_threshold(weight: NDArray[Any], axes: Axes, largest: NDArray[np.float6
     levels = Grid(bits).levels
     rows = grouped(weight, axes)
     rows = by_output(rows.reshape(*rows.shape[:2], -1), axes, *largest.shape) if largest.shape else rows.reshape(1, -1)
-    step = common_step(rows, largest.reshape(-1) / levels)
-    return np.asarray(step * levels).reshape(largest.shape)
+    least = largest.reshape(-1) / levels
+    step = common_step(rows, least)
+    parts = np.floor(np.divide(step, least, out=np.ones(step.shape), where=least > 0) * (1 + np.finfo(np.float32).eps))
+    return np.asarray(step / np.maximum(parts, 1) * levels).reshape(largest.shape)
 
 
 def refitted_step(

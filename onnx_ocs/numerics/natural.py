@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx_ocs.numerics.moments import Window, rows_of
 
 LEAVES = 300
-"""Of an image."""
+"""Of a square image; longer ones have as many more."""
 
 SMALLEST, LARGEST = 0.045, 0.35
 """Radii, in sides of the image."""
@@ -34,13 +34,13 @@ UNUSUAL = 100
 
 def natural_images(count: int, channels: int, sizes: tuple[int, int], rng: np.random.Generator) -> NDArray[np.float64]:
     """(count, channels, *sizes); all together have mean 0 and variance 1, as images have it after normalization."""
-    made = np.zeros((count, channels, *sizes))
+    made, leaves = np.zeros((count, channels, *sizes)), LEAVES * max(sizes) // min(sizes)
     rows, columns = (np.arange(size)[:, None] for size in sizes)
     for image in made:
         image += _colours(1, channels, rng)[0]
-        share = rng.random(LEAVES)
+        share = rng.random(leaves)
         radii = ((1 - share) / SMALLEST**2 + share / LARGEST**2) ** -0.5 * min(sizes)
-        middles, colours = rng.random((LEAVES, 2)) * sizes, _colours(LEAVES, channels, rng)
+        middles, colours = rng.random((leaves, 2)) * sizes, _colours(leaves, channels, rng)
         first = np.maximum(0, (middles - radii[:, None]).astype(int)).tolist()
         after = ((middles + radii[:, None]).astype(int) + 2).tolist()
         for place, (middle, most) in enumerate(zip(middles.tolist(), np.square(radii).tolist(), strict=True)):

@@ -34,7 +34,7 @@ class ChooseSteps:
 
     name: ClassVar[str] = "choose-steps"
 
-    clip: str = "none"  # auto: the least error of the outputs where their data is known, else none
+    clip: str = "none"  # auto: a grid that weights lie on, the least error of the outputs by moments, else none
     safe: bool = False
     aware: bool = True
 
@@ -62,7 +62,7 @@ class ChooseSteps:
         assert bits is not None
         weight = work.values(plan)
         wanted = weight if drift is None else work.making_up(plan, weight, drift)
-        threshold = self._threshold(work, plan, wanted, drift)
+        threshold = self._threshold(work, plan, weight, wanted, drift)
         raised = threshold if most is None else self._raised(plan, wanted, threshold, most, work.task(plan, drift))
         step, narrowed = Grid(bits).step(raised), int(np.count_nonzero(raised > threshold))
         plan = replace(plan, threshold=raised, step=step, narrowed=narrowed)
@@ -71,21 +71,23 @@ class ChooseSteps:
         made = rounded(weight, wanted, plan.splits, plan.axes, step, bits, self.aware, work.task(plan, drift))
         return replace(plan, rounded=made)
 
-    def _threshold(self, work: Work, plan: LayerPlan, weight: NDArray[Any], drift: Drift | None) -> NDArray[np.float64]:
+    def _threshold(
+        self, work: Work, plan: LayerPlan, weight: NDArray[Any], wanted: NDArray[Any], drift: Drift | None
+    ) -> NDArray[np.float64]:
         assert plan.bits is not None
         clip, by_moments = plan.given.get("clip", self.clip), plan.rounding in BY_MOMENTS
         if clip != "auto":
-            return choose_threshold(weight, plan.splits, plan.axes, plan.per_channel, clip, plan.bits)
-        largest = choose_threshold(weight, plan.splits, plan.axes, plan.per_channel, "none", plan.bits)
+            return choose_threshold(wanted, plan.splits, plan.axes, plan.per_channel, clip, plan.bits)
+        largest = choose_threshold(wanted, plan.splits, plan.axes, plan.per_channel, "none", plan.bits)
         known = largest if by_moments or plan.planned is None else plan.planned
         if plan.block is not None:
             return known
         exact = np.full(largest.shape, np.nan)
         if self.aware:
-            exact = exact_threshold(work.values(plan), plan.axes, largest, plan.bits)
+            exact = exact_threshold(weight, plan.axes, largest, plan.bits)
         if not by_moments:
             return np.where(exact > 0, exact, known)
-        return least_error_threshold(weight, plan.splits, plan.axes, largest, plan.bits, work.task(plan, drift), exact)
+        return least_error_threshold(wanted, plan.splits, plan.axes, largest, plan.bits, work.task(plan, drift), exact)
 
     def _most(self, plan: LayerPlan) -> int | None:
         """The largest integer of the layer's data, if its kernel adds products in pairs; it shifts signed ones."""

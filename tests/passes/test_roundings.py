@@ -117,6 +117,16 @@ def test_the_step_of_a_grid_is_taken_unless_a_threshold_was_asked_for(rounding, 
     assert least_sqnr(model, round=rounding, per_channel=per_channel, bits=3) < 60
 
 
+def test_bfloat16_weights_are_rounded():
+    weight = onnx.helper.make_tensor("w", onnx.TensorProto.BFLOAT16, (16, 8), np.linspace(-1, 1, 128))
+    text = '<ir_version: 10, opset_import: ["" : 21]> g (bfloat16[4,16] x, bfloat16[16,8] w) => (bfloat16[4,8] y) {'
+    model = onnx.parser.parse_model(text + " y = MatMul(x, w) }")
+    model.graph.input.pop()
+    model.graph.initializer.append(weight)
+    (row,) = quantize(model, bits=8, ratio=0, verify=False).report["layers"]
+    assert row["sqnr_db"] > 40
+
+
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("name", ["Conv 1-D", "Conv 2-D", "Conv 3-D", "Conv grouped", "Conv depthwise", "Gemm"])
 def test_a_corrected_bias_keeps_the_mean_of_each_output(name, rounding):
