@@ -25,6 +25,11 @@ IN_MEMORY = 2**27
 PIECE = 2**24
 
 
+def real(path: str | Path) -> Path:
+    """With links followed; those in a circle stay."""
+    return Path(os.path.realpath(path))
+
+
 def map_file(path: Path) -> memoryview:
     """The bytes of a file, read when they are touched.
 
@@ -50,8 +55,7 @@ def keep_apart(read: Mapping[str, object], written: Mapping[str, object]) -> Non
         ValueError: two are the same file, or one that is written is in a folder that is read.
     """
     first, then = (
-        {name: Path(path).resolve() for name, path in paths.items() if isinstance(path, str | Path)}
-        for paths in (read, written)
+        {name: real(path) for name, path in paths.items() if isinstance(path, str | Path)} for paths in (read, written)
     )
     seen = {path: name for name, path in first.items()}
     for name, path in then.items():
@@ -210,10 +214,11 @@ def workplace(target: Path | None) -> Iterator[Path]:
         try:
             if target is not None and target.is_dir():
                 raise IsADirectoryError(0, "it is a folder")
-            parent = target.resolve().parent if target else Path(tempfile.gettempdir())
+            parent = real(target).parent if target else Path(tempfile.gettempdir())
             folder = parent / f".onnx-ocs-{secrets.token_hex(8)}"  # known before it is there: no interrupt leaves it
             folder.mkdir(0o700)
         except OSError as error:
+            folder = Path() if isinstance(error, FileExistsError) else folder  # that of somebody else
             other = "another target" if target else "another one (TMPDIR)"
             raise CannotWrite(f"{where}: cannot be written ({error.strerror or error}); choose {other}") from None
         yield folder

@@ -61,7 +61,7 @@ class Model:
         if isinstance(source, onnx.ModelProto):
             model, data = cls("the given model", None), memoryview(source.SerializeToString())
         else:
-            model, data = cls(str(source), Path(source).resolve().parent), files.map_file(Path(source))
+            model, data = cls(str(source), files.real(source).parent), files.map_file(Path(source))
         try:
             model.proto.ParseFromString(b"".join(wire.buffers(wire.rewrite(data, model._detach))))
         except (wire.Malformed, DecodeError) as error:

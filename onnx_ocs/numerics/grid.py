@@ -53,8 +53,10 @@ def affine(low: float, high: float, bits: int) -> tuple[NDArray[np.float32], int
 def common_step(rows: NDArray[Any], least: NDArray[np.float64]) -> NDArray[np.float64]:
     """(R,), the coarsest step that all values of a row are multiples of, to their precision; NaN where there is none.
 
+    Of half floats it finds steps with fewer than some 60 multiples, whose precision is better than :data:`FARTHEST`.
+
     Args:
-        rows: (R, n), of a type of floats.
+        rows: (R, n), of a type of floats, none of them empty.
         least: (R,), the finest step that is looked for.
     """
     rows = rows if rows.dtype.kind == "f" else rows.astype(np.float32)

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from onnx_ocs.numerics.moments import Window, rows_of
 
-LEAVES = 300
-"""Of a square image; longer ones have as many more."""
+LEAVES, MOST_LEAVES = 300, 4800
+"""Of a square image, and at most of one that is longer, which has as many more."""
 
 SMALLEST, LARGEST = 0.045, 0.35
 """Radii, in sides of the image."""
@@ -34,7 +34,7 @@ UNUSUAL = 100
 
 def natural_images(count: int, channels: int, sizes: tuple[int, int], rng: np.random.Generator) -> NDArray[np.float64]:
     """(count, channels, *sizes); all together have mean 0 and variance 1, as images have it after normalization."""
-    made, leaves = np.zeros((count, channels, *sizes)), LEAVES * max(sizes) // min(sizes)
+    made, leaves = np.zeros((count, channels, *sizes)), min(LEAVES * max(sizes) // min(sizes), MOST_LEAVES)
     rows, columns = (np.arange(size)[:, None] for size in sizes)
     for image in made:
         image += _colours(1, channels, rng)[0]

@@ -192,6 +192,22 @@ def test_a_workplace_is_gone_where_an_interrupt_comes_as_it_is_made(tmp_path, mo
     assert listed(tmp_path) == []
 
 
+def test_a_workplace_leaves_a_folder_of_its_name_that_stands_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.secrets, "token_hex", lambda size: "taken")
+    (tmp_path / ".onnx-ocs-taken").mkdir()
+    with pytest.raises(CannotWrite, match="exists"), files.workplace(tmp_path / "m.onnx"):
+        pass
+    assert listed(tmp_path) == [".onnx-ocs-taken"]
+
+
+def test_links_in_a_circle_are_told(tmp_path):
+    (tmp_path / "a").symlink_to("a")
+    with pytest.raises(CannotWrite, match=r"a/m\.onnx"), files.workplace(tmp_path / "a" / "m.onnx"):
+        pass
+    with pytest.raises(UnsupportedModel, match=r"a/m\.onnx"):
+        Model.load(tmp_path / "a" / "m.onnx")
+
+
 def test_a_workplace_is_cleaned_up_after_an_error(tmp_path):
     def fails():
         with files.workplace(tmp_path / "m.onnx") as folder:
