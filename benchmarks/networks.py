@@ -40,7 +40,7 @@ BILINEAR = 2
 """Pillow's number of this filter."""
 
 Change = Callable[[Any], Any]
-"""What is made of a picture, Pillow's Image: another, or arrays of several."""
+"""What is made of a picture, Pillow's Image: another, or an array of one or several."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +213,7 @@ def _autoencoder(calibrate: int) -> Network:
     return Network("MLP", model, values[:calibrate], values[calibrate:], np.zeros(0, np.int64), classes=False)
 
 
-def _photos(changed: Change | None = None) -> tuple[list[str], NDArray[np.float32]]:
+def _photos(changed: Change = np.asarray) -> tuple[list[str], NDArray[np.float32]]:
     """400 of ImageNet, in the order of their classes: names, and images from 0 to 1."""
     with zipfile.ZipFile(assets() / "data" / "imagenet_400.zip") as archive:
         names = sorted(name for name in archive.namelist() if name.lower().endswith((".jpg", ".jpeg")))
@@ -239,7 +239,7 @@ def _from_folder(arguments: argparse.Namespace) -> Network:
     return Network(arguments.model.stem, arguments.model, images[:cut], images[cut:], labels[cut:])
 
 
-def _decoded(files: Iterable[IO[bytes]], changed: Change | None) -> NDArray[np.float32]:
+def _decoded(files: Iterable[IO[bytes]], changed: Change) -> NDArray[np.float32]:
     """(N, 3, rows, columns), RGB from 0 to 1; (N, several, 3, rows, columns) where several are made of each."""
     try:
         from PIL import Image
@@ -248,8 +248,7 @@ def _decoded(files: Iterable[IO[bytes]], changed: Change | None) -> NDArray[np.f
     made = []
     for file in files:
         with file, Image.open(file) as image:
-            picture = image.convert("RGB")
-            made.append(np.moveaxis(np.asarray(picture if changed is None else changed(picture)), -1, -3))
+            made.append(np.moveaxis(np.asarray(changed(image.convert("RGB"))), -1, -3))
     return np.stack(made).astype(np.float32) / 255
 
 

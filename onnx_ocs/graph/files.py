@@ -208,7 +208,6 @@ def workplace(target: Path | None) -> Iterator[Path]:
     Raises:
         CannotWrite: nothing can be written there.
     """
-    where = target or "a temporary folder"
     folder = Path()
     try:
         try:
@@ -219,7 +218,7 @@ def workplace(target: Path | None) -> Iterator[Path]:
             folder.mkdir(0o700)
         except OSError as error:
             folder = Path() if isinstance(error, FileExistsError) else folder  # that of somebody else
-            other = "another target" if target else "another one (TMPDIR)"
+            where, other = (target, "another target") if target else ("a temporary folder", "another one (TMPDIR)")
             raise CannotWrite(f"{where}: cannot be written ({error.strerror or error}); choose {other}") from None
         yield folder
     finally:

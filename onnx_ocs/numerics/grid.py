@@ -83,7 +83,7 @@ def _multiples(
         if not len(among):
             break
         scaled = rows[among, start : start + width] / step[among, None]
-        among = among[(np.abs(scaled - np.floor(scaled + 0.5)) <= tolerance).all(axis=1)]
+        among = among[(np.abs(scaled - np.rint(scaled)) <= tolerance).all(axis=1)]
     return among
 
 

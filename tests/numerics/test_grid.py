@@ -39,10 +39,6 @@ def test_pieces_cover_an_array_once(shape):
     assert (seen == 1).all()
 
 
-def largest_common_divisor(integers):
-    return np.gcd.reduce(np.abs(integers), axis=1)
-
-
 @given(
     arrays.arrays(np.int64, st.tuples(st.integers(1, 4), st.integers(1, 40)), elements=st.integers(-254, 254)),
     st.floats(2**-20, 2**20, width=32),
@@ -50,7 +46,7 @@ def largest_common_divisor(integers):
 def test_the_common_step_is_the_coarsest_that_divides_all_values(integers, step):
     rows = integers.astype(np.float32) * np.float32(step)
     found = common_step(rows, np.full(len(rows), step * (1 - 1e-6)))
-    divisors = largest_common_divisor(integers)
+    divisors = np.gcd.reduce(np.abs(integers), axis=1)
     np.testing.assert_array_equal(np.isnan(found), divisors == 0)
     np.testing.assert_allclose(found[divisors > 0], step * divisors[divisors > 0], rtol=1e-6)
 
