@@ -4,13 +4,14 @@ The float model and the one whose layers become quantized, one after the other, 
 next layer that is not decided yet, on what the pieces before have left on disk. So no node runs twice on a sample.
 """
 
+import contextlib
 import itertools
 import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import onnx
@@ -27,6 +28,7 @@ from onnx_ocs.graph.session import Session, run_samples
 from onnx_ocs.moments import window_of
 from onnx_ocs.numerics.drift import Drift, DriftRecorder
 from onnx_ocs.numerics.moments import rows_of
+from onnx_ocs.numerics.stored import load_arrays, save_arrays
 
 WITHOUT = "--no-error-propagation does without it"
 
@@ -54,6 +56,7 @@ class Request:
     outputs: list[str]  # what is left behind it
     layers: list[dict[str, Any]]  # Contraction, of those whose data is among that
     before: str | None  # folder of what the piece before has left
+    batches: int  # of it
     after: str  # folder for what this one leaves
     samples: str
     limit: int | None
@@ -67,6 +70,15 @@ class Followed:
     weight_input: int
     weight: onnx.TensorProto
     added: onnx.TensorProto | None  # to its output, by its bias
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a piece has left for the next one."""
+
+    folder: Path
+    types: dict[str, int]  # of tensors
+    batches: int
 
 
 class Propagation:
@@ -97,7 +109,7 @@ class Propagation:
         self._followed: dict[str, Followed] = {}
         self._found: dict[str, Path] = {}  # of layers whose drift is known
         self._cut, self._number = 0, itertools.count()
-        self._left: tuple[Path, dict[str, int]] | None = None  # what is live at the cut, and of which types
+        self._left: Left | None = None  # what is live at the cut
         self.failure = None if self._pieces.ordered else "the nodes of the graph are not in their order"
         """Why there is no more to find out."""
 
@@ -140,7 +152,7 @@ class Propagation:
         """Run up to a cut, and gather the drift of all layers whose data is there."""
         folder = self._folder / f"piece.{next(self._number)}"
         folder.mkdir(parents=True)
-        before, types = self._left or (None, {})
+        before, types = self._left, self._left.types if self._left else {}
         exact, follower = self._written(cut, types, folder)
         here = {
             output: layer
@@ -157,7 +169,8 @@ class Propagation:
             list(types),
             self._pieces.live(cut),
             [asdict(layer) for layer in distinct.values()],
-            str(before) if before is not None else None,
+            str(before.folder) if before else None,
+            before.batches if before else 0,
             str(folder),
             str(self._samples),
             self._limit,
@@ -166,11 +179,11 @@ class Propagation:
         answer = child.call("onnx_ocs.propagation", asdict(request), self._timeout, WITHOUT)
         exact.unlink()
         follower.unlink()
-        for file in before.glob("left.*") if before is not None else ():
+        for file in before.folder.glob("left.*") if before else ():
             file.unlink()
-        places = {key: folder / f"drift.{number}.npz" for number, key in enumerate(distinct)}
+        places = {key: folder / f"drift.{number}" for number, key in enumerate(distinct)}
         self._found |= {output: places[layer.key] for output, layer in here.items()}
-        self._cut, self._left = cut, (folder, answer["types"])
+        self._cut, self._left = cut, Left(folder, answer["types"], answer["batches"])
 
     def _written(self, cut: int, types: Mapping[str, int], folder: Path) -> tuple[Path, Path]:
         """The next piece of both models, on what is live in front of it."""
@@ -205,32 +218,44 @@ def observe(request: Request, say: child.Report) -> dict[str, Any]:
     layers = [Contraction(**layer) for layer in request.layers]
     recorders = [DriftRecorder(layer.groups, layer.inputs) for layer in layers]
     sessions = [Session(Path(path)) for path in (request.exact, request.follower)]
-    size, types = 0, {}
-    for number, feeds in enumerate(_feeds(request, sessions[0])):
-        left = [
-            feed | run_samples(session, {item.name: feed[item.name] for item in session.inputs}, request.name)
-            for session, feed in zip(sessions, feeds, strict=True)
-        ]
-        for layer, recorder in zip(layers, recorders, strict=True):
-            window = window_of(layer.window)
-            pair = [values[layer.tensor] for values in left]
-            if window is not None:
-                pair = [values[: _enough(layer, values)] for values in pair]
-            if pair[0].shape == pair[1].shape:  # else an operator has selected other data
-                recorder.add(*(rows_of(values, layer.axis, layer.groups, window) for values in pair))
-            else:
-                recorder.is_comparable = False
-        for place, values in enumerate(left):
-            arrays = {str(index): _tensor(values, name) for index, name in enumerate(request.outputs)}
-            np.savez(Path(request.after, f"left.{number:08}.{place}.npz"), **arrays)  # type: ignore[arg-type]
-        types = {name: int(helper.np_dtype_to_tensor_dtype(left[0][name].dtype)) for name in request.outputs}
-        size += sum(left[0][name].nbytes for name in request.outputs)
-        if size > ROOM:
-            break
+    size, types, batches = 0, {}, 0
+    with _opened(request.after, "wb") as files:
+        for feeds in _feeds(request, sessions[0]):
+            left = [
+                feed | run_samples(session, {item.name: feed[item.name] for item in session.inputs}, request.name)
+                for session, feed in zip(sessions, feeds, strict=True)
+            ]
+            for layer, recorder in zip(layers, recorders, strict=True):
+                _record(recorder, layer, [values[layer.tensor] for values in left])
+            for file, values in zip(files, left, strict=True):
+                save_arrays(file, (_tensor(values, name) for name in request.outputs))
+            types = {name: int(helper.np_dtype_to_tensor_dtype(left[0][name].dtype)) for name in request.outputs}
+            batches += 1
+            size += sum(left[0][name].nbytes for name in request.outputs)
+            if size > ROOM:
+                break
     for number, recorder in enumerate(recorders):
         if (made := recorder.finish()) is not None:
-            made.save(Path(request.after, f"drift.{number}.npz"))
-    return {"types": types}
+            made.save(Path(request.after, f"drift.{number}"))
+    return {"types": types, "batches": batches}
+
+
+@contextlib.contextmanager
+def _opened(folder: str, mode: str) -> Iterator[list[IO[bytes]]]:
+    """The files of what a piece of each model leaves."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(Path(folder, f"left.{place}").open(mode)) for place in range(2)]
+
+
+def _record(recorder: DriftRecorder, layer: Contraction, pair: list[NDArray[Any]]) -> None:
+    """Fold in a batch of the data of a layer, in both models."""
+    window = window_of(layer.window)
+    if window is not None:
+        pair = [values[: _enough(layer, values)] for values in pair]
+    if pair[0].shape == pair[1].shape:  # else an operator has selected other data
+        recorder.add(*(rows_of(values, layer.axis, layer.groups, window) for values in pair))
+    else:
+        recorder.is_comparable = False
 
 
 def _enough(layer: Contraction, values: NDArray[Any]) -> int:
@@ -245,13 +270,12 @@ def _feeds(request: Request, exact: Session) -> Iterator[tuple[Feed, Feed]]:
         for batch in read_samples(Path(request.samples), exact.inputs, request.batch, request.limit):
             yield batch.feed, batch.feed
         return
-    for path in sorted(Path(request.before).glob("left.*.0.npz")):
-        yield _held(path, request.inputs), _held(path.with_name(path.name.replace(".0.npz", ".1.npz")), request.inputs)
-
-
-def _held(path: Path, names: list[str]) -> Feed:
-    with np.load(path) as arrays:
-        return {name: arrays[str(index)] for index, name in enumerate(names)}
+    with _opened(request.before, "rb") as files:
+        for _ in range(request.batches):
+            first, second = (
+                dict(zip(request.inputs, load_arrays(file, len(request.inputs)), strict=True)) for file in files
+            )
+            yield first, second
 
 
 def _tensor(values: Feed, name: str) -> NDArray[Any]:

@@ -30,6 +30,7 @@ class Session:
     def __init__(self, path: Path, optimize: bool = True, optimized: Path | None = None) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = SILENT
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # beside numpy's threads
         left_out: list[str] = []
         if optimized is not None:
             options.optimized_model_filepath = str(optimized)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_ocs.numerics.moments import MomentRecorder, Moments, roomy, slices
+from onnx_ocs.numerics.moments import MomentRecorder, Moments, add_products, slices
+from onnx_ocs.numerics.stored import load_arrays, save_arrays
 
 DAMPING, DAMPING_MADE_UP = 0.3, 1.0
 """Of the mean of the second moments, for samples and for made-up ones, which are not quite what the data is."""
@@ -43,16 +44,21 @@ class Drift:
 
     def save(self, path: Path) -> None:
         assert self.found.second is not None
-        np.savez(path, mean=self.found.mean, second=self.found.second, lost=self.lost, cross=self.cross)
+        with path.open("wb") as file:
+            save_arrays(file, [self.found.mean, self.found.second, self.lost, self.cross])
 
     @classmethod
     def load(cls, path: Path) -> "Drift":
-        with np.load(path) as arrays:
-            return cls(Moments(arrays["mean"], arrays["second"]), arrays["lost"], arrays["cross"])
+        with path.open("rb") as file:
+            mean, second, lost, cross = load_arrays(file, 4)
+        return cls(Moments(mean, second), lost, cross)
 
 
 class DriftRecorder:
-    """Sums over all rows of x and y, in float64; products are made in float32, of values less about their mean."""
+    """Sums over all rows of x and y, in float64; products are made in float32, of values less about their mean.
+
+    Rows are held until they are enough for there to be a drift: a layer with few costs no products.
+    """
 
     def __init__(self, groups: int, inputs: int) -> None:
         self.is_comparable = True  # row by row
@@ -61,21 +67,31 @@ class DriftRecorder:
         self._energy = 0.0  # of x - y
         self._products = np.zeros((groups, inputs, inputs))
         self._rows = 0
+        self._held: list[tuple[NDArray[Any], NDArray[Any]]] = []
 
     def add(self, exact: NDArray[Any], found: NDArray[Any]) -> None:
         """(rows, groups, n) each, x and y; they may be views, of which parts are copied one after the other."""
+        self._held.append((exact, found))
+        self._rows += len(found)
+        while self._is_enough and self._held:
+            self._fold(*self._held.pop(0))
+
+    @property
+    def _is_enough(self) -> bool:
+        return self._rows >= FEWEST * self._lost.shape[1]
+
+    def _fold(self, exact: NDArray[Any], found: NDArray[Any]) -> None:
         for part in slices(found):
             some = self._found.fold(found[part])
             lost = np.subtract(exact[part], found[part], order="C", dtype=np.float32, casting="same_kind")
             self._lost += lost.sum(axis=0, dtype=np.float64)
             self._away += some.sum(axis=0, dtype=np.float64)
-            self._products += roomy(lost).transpose(1, 2, 0) @ roomy(some).transpose(1, 0, 2)
-            self._energy += float(np.square(lost, dtype=np.float64).sum())
-            self._rows += len(some)
+            add_products(self._products, lost, some)
+            self._energy += float(np.einsum("rgi,rgi->", lost, lost, dtype=np.float64))
 
     def finish(self) -> Drift | None:
         """Of all rows so far; None where there are few, or where x and y have little to do with each other."""
-        if not self._rows or self._rows < FEWEST * self._lost.shape[1] or not self.is_comparable:
+        if not self._rows or not self._is_enough or not self.is_comparable:
             return None
         found, lost = self._found.finish(), self._lost / self._rows
         assert found.second is not None

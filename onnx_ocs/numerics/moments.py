@@ -1,6 +1,7 @@
 """First and second moments of the data that the weights of a layer are multiplied by, folded in batch by batch."""
 
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -111,12 +112,36 @@ def roomy(values: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
     return values.astype(np.float64) if large else values
 
 
+class _Room(threading.local):
+    """Memory that products are made in: new memory for each takes longer to come than a product takes."""
+
+    def __init__(self) -> None:
+        self.values = np.empty(0, np.float32)
+
+
+_ROOM = _Room()
+
+
+def add_products(sums: NDArray[np.float64], left: NDArray[np.float32], right: NDArray[np.float32]) -> None:
+    """Add ``left' right`` of each group to ``sums``, (groups, n, n), for rows of both, (rows, groups, n).
+
+    Products are made in float32, or in float64 of values whose products float32 cannot hold.
+    """
+    wide = [roomy(part) for part in ((left,) if left is right else (left, right))]
+    first, second = wide[0].transpose(1, 2, 0), wide[-1].transpose(1, 0, 2)
+    if first.dtype == second.dtype == np.float32:
+        if _ROOM.values.size < sums.size:
+            _ROOM.values = np.empty(sums.size, np.float32)
+        sums += np.matmul(first, second, out=_ROOM.values[: sums.size].reshape(sums.shape))
+    else:
+        sums += first @ second
+
+
 class MomentRecorder:
     """Sums of x and of x x' over all rows, in float64.
 
-    Products are made in float32, of values less about their mean: where the mean is large beside the spread, what is
-    left of x x' without it would drown in rounding otherwise. Values whose products float32 cannot hold are multiplied
-    in float64.
+    Products are made of values less about their mean: where the mean is large beside the spread, what is left of x x'
+    without it would drown in rounding otherwise.
     """
 
     def __init__(self, groups: int, inputs: int, second: bool = True) -> None:
@@ -144,8 +169,7 @@ class MomentRecorder:
             if self._middle is None:
                 self._middle = (total / len(part)).astype(np.float32)
             part -= self._middle
-            by_group = roomy(part).transpose(1, 2, 0)
-            self._products += by_group @ by_group.transpose(0, 2, 1)
+            add_products(self._products, part, part)
         self._rows += times * len(part)
         return part
 

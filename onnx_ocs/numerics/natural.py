@@ -5,6 +5,8 @@ images at all scales (Lee, Mumford and Huang, Int. J. Computer Vision 41, 2001):
 square, as in noise that is shaped so, but unlike such noise they have edges, which is what networks look for.
 """
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,6 +14,9 @@ from onnx_ocs.numerics.moments import Window, rows_of
 
 LEAVES, MOST_LEAVES = 300, 4800
 """Of a square image, and at most of one that is longer, which has as many more."""
+
+PAIRS = 2**20
+"""Of leaves and pixels, that are looked at together at most."""
 
 SMALLEST, LARGEST = 0.045, 0.35
 """Radii, in sides of the image."""
@@ -34,26 +39,41 @@ UNUSUAL = 100
 
 def natural_images(count: int, channels: int, sizes: tuple[int, int], rng: np.random.Generator) -> NDArray[np.float64]:
     """(count, channels, *sizes); all together have mean 0 and variance 1, as images have it after normalization."""
-    made, leaves = np.zeros((count, channels, *sizes)), min(LEAVES * max(sizes) // min(sizes), MOST_LEAVES)
-    rows, columns = (np.arange(size)[:, None] for size in sizes)
+    made, leaves = np.empty((count, channels, *sizes)), min(LEAVES * max(sizes) // min(sizes), MOST_LEAVES)
+    few = max(1, PAIRS // math.prod(sizes))
     for image in made:
-        image += _colours(1, channels, rng)[0]
+        colours = _colours(1, channels, rng)
         share = rng.random(leaves)
         radii = ((1 - share) / SMALLEST**2 + share / LARGEST**2) ** -0.5 * min(sizes)
-        middles, colours = rng.random((leaves, 2)) * sizes, _colours(leaves, channels, rng)
-        first = np.maximum(0, (middles - radii[:, None]).astype(int)).tolist()
-        after = ((middles + radii[:, None]).astype(int) + 2).tolist()
-        for place, (middle, most) in enumerate(zip(middles.tolist(), np.square(radii).tolist(), strict=True)):
-            (top, left), (bottom, right) = first[place], after[place]
-            up, aside = rows[top:bottom] - middle[0], columns[left:right].T - middle[1]
-            np.copyto(image[:, top:bottom, left:right], colours[place], where=up * up + aside * aside < most)
+        middles = rng.random((leaves, 2)) * sizes
+        colours = np.concatenate([colours, _colours(leaves, channels, rng)])
+        top = np.zeros(sizes, np.int64)  # of the leaves that cover a pixel, counted from 1
+        for start in range(0, leaves, few):
+            some = slice(start, start + few)
+            leaf, row, column = _covered(middles[some], radii[some], sizes)
+            top[row, column] = start + 1 + leaf  # the last of those that are written to one pixel stays
+        image[...] = np.moveaxis(colours[top], -1, 0)
     made -= made.mean()
     return made / max(made.std(), np.finfo(np.float64).tiny)
 
 
+def _covered(
+    middles: NDArray[np.float64], radii: NDArray[np.float64], sizes: tuple[int, int]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Each leaf and pixel that it covers, as (leaf, row, column), in the order of the leaves."""
+    first = np.maximum(0, (middles - radii[:, None]).astype(np.int64))
+    spans = np.minimum(sizes, (middles + radii[:, None]).astype(np.int64) + 2) - first
+    pixels = spans.prod(axis=1)  # of the box around each
+    leaf = np.repeat(np.arange(len(radii)), pixels)
+    row, column = np.divmod(np.arange(len(leaf)) - (np.cumsum(pixels) - pixels)[leaf], spans[leaf, 1])
+    row, column = row + first[leaf, 0], column + first[leaf, 1]
+    within = np.square(row - middles[leaf, 0]) + np.square(column - middles[leaf, 1]) < np.square(radii)[leaf]
+    return leaf[within], row[within], column[within]
+
+
 def _colours(count: int, channels: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """(count, channels, 1, 1)."""
-    drawn = rng.standard_normal((count, channels + 1, 1, 1))
+    """(count, channels)."""
+    drawn = rng.standard_normal((count, channels + 1))
     return np.asarray(np.sqrt(SHARED) * drawn[:, -1:] + np.sqrt(1 - SHARED) * drawn[:, :-1])
 
 

@@ -14,6 +14,7 @@ function from some outputs of a layer to their integers. They differ in the erro
 =============  =========================================================================================================
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -172,7 +173,8 @@ class Factor:
 
     def cost(self, error: NDArray[np.float64]) -> NDArray[np.float64]:
         """(G, O), ``e' H e`` of each row of ``error``, (G, O, n) in the order of the source."""
-        return np.square(self.ordered(error) @ self.upper).sum(axis=2)
+        made = self.ordered(error) @ self.upper
+        return np.square(made, out=made).sum(axis=2)
 
     def ordered(self, rows: NDArray[Any]) -> NDArray[Any]:
         """(G, O, n), in the order of the factor."""
@@ -219,10 +221,7 @@ def error_propagating(rows: Rows) -> Integers:
     factor = rows.moments
     assert isinstance(factor, Factor)
     upper, corner = factor.upper, factor.upper.diagonal(axis1=1, axis2=2)[..., None]
-    values, step, limit = (
-        np.ascontiguousarray(factor.ordered(_flat(part, rows.values.shape)).swapaxes(1, 2), np.float64)
-        for part in (rows.values, rows.step, rows.limit)
-    )  # (G, n, O) each, the inputs in the order of the factor
+    values, step, limit = (_by_input(part, rows.values.shape, factor) for part in (rows.values, rows.step, rows.limit))
     made, error = np.empty_like(values), np.empty_like(values)
     for start, end in _blocks(values.shape[1]):
         owed = upper[:, :start, start:end].swapaxes(1, 2) @ error[:, :start]
@@ -275,6 +274,15 @@ def _blocks(inputs: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + COLUMNS, inputs)
 
 
-def _flat(part: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """(G, O, n)."""
-    return np.broadcast_to(part, shape).reshape(*shape[:2], -1)
+def _by_input(part: NDArray[Any], shape: tuple[int, ...], factor: Factor) -> NDArray[np.float64]:
+    """(G, n, O), the inputs in the order of the factor; what is the same for all outputs, or all inputs, is made once.
+
+    Args:
+        part: broadcasts to ``shape``, (G, O, I, K).
+    """
+    groups, outputs, inputs = *shape[:2], math.prod(shape[2:])
+    whole = np.broadcast_to(part, shape)
+    same = [stride == 0 or size == 1 for size, stride in zip(shape, whole.strides, strict=True)]
+    whole = whole[:, :1] if same[1] else whole
+    made = whole[..., :1, 0] if same[2] and same[3] else factor.ordered(whole.reshape(groups, -1, inputs))
+    return np.broadcast_to(np.ascontiguousarray(made.swapaxes(1, 2), np.float64), (groups, inputs, outputs))

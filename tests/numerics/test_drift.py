@@ -43,6 +43,20 @@ def test_rows_that_have_little_to_do_with_each_other_have_no_drift(rng):
     assert recorded(exact[:7], exact[:7]) is None  # of 4 inputs
 
 
+def test_rows_wait_until_they_are_enough(rng, monkeypatch):
+    """No product is made of fewer; those that waited count like all others."""
+    exact, found = (rng.standard_normal((20, 1, 4)).astype(np.float32) for _ in range(2))
+    found = exact + 0.1 * found
+    recorder, folded = DriftRecorder(1, 4), []
+    monkeypatch.setattr(recorder, "_fold", lambda exact, found: folded.append(len(found)))
+    for rows in (3, 4, 1, 2):
+        recorder.add(exact[:rows], found[:rows])
+        assert folded == {3: [], 4: [], 1: [3, 4, 1], 2: [3, 4, 1, 2]}[rows]
+    some, whole = recorded(exact, found, [3, 7, 8]), recorded(exact, found)
+    np.testing.assert_allclose(some.cross, whole.cross, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(some.found.second, whole.found.second, rtol=0, atol=1e-6)
+
+
 def test_the_drift_of_large_values_is_finite(rng):
     exact = (1e20 * rng.standard_normal((64, 1, 6))).astype(np.float32)
     drifted = recorded(exact, (1.1 * exact).astype(np.float32))

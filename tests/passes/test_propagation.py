@@ -10,7 +10,8 @@ from operators import with_weights
 from onnx_ocs import propagation, quantize
 from onnx_ocs.graph.contraction import Contraction
 from onnx_ocs.graph.model import Model
-from onnx_ocs.numerics.drift import DAMPING
+from onnx_ocs.numerics.drift import DAMPING, Drift
+from onnx_ocs.numerics.stored import load_arrays
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17]> '
 
@@ -228,10 +229,12 @@ def test_samples_that_leave_too_much_are_left_out(tmp_path, monkeypatch, rng):
     layer = Contraction("y", -1, 4, 1, onnx.TensorProto.FLOAT)
     monkeypatch.setattr(propagation, "ROOM", 4 * 4 * 4 + 1)
     request = propagation.Request(
-        *paths, "model", [], ["y"], [vars(layer)], None, str(tmp_path), str(tmp_path / "samples.npy"), None, 4
+        *paths, "model", [], ["y"], [vars(layer)], None, 0, str(tmp_path), str(tmp_path / "samples.npy"), None, 4
     )
     answer = propagation.observe(request, lambda stage: None)
-    assert answer == {"types": {"y": onnx.TensorProto.FLOAT}}
-    assert len(list(tmp_path.glob("left.*"))) == 4
-    with np.load(tmp_path / "drift.0.npz") as found:
-        assert not found["lost"].any()
+    assert answer == {"types": {"y": onnx.TensorProto.FLOAT}, "batches": 2}
+    for place in range(2):
+        with (tmp_path / f"left.{place}").open("rb") as file:
+            assert [part.shape for part in load_arrays(file, 2)] == [(4, 4), (4, 4)]
+            assert not file.read()
+    assert not Drift.load(tmp_path / "drift.0").lost.any()
