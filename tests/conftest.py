@@ -4,6 +4,8 @@ import os
 import signal
 from pathlib import Path
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tests run side by side, where threads wait for each other long
+
 import numpy as np
 import pytest
 

@@ -233,7 +233,7 @@ def test_the_recipe_of_a_report_gives_the_same_bytes(command, models, tmp_path):
     assert command(source, first, *options, "--report", report, "-q")[0] == 0
     assert command(source, again, "--recipe", report, "-q")[0] == 0
     assert first.read_bytes() == again.read_bytes()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
     ran = subprocess.run(
         [sys.executable, "-m", "onnx_ocs", source, threads, "--recipe", report, "-q"], env=environment, check=False
     )
@@ -263,15 +263,15 @@ def test_external_data_goes_beside_the_model_and_comes_from_there(command, model
         path.parent.mkdir()
     assert command(models / "digits_resnet.onnx", first, "--float", "--external-data", "-q")[0] == 0
     assert len(list(first.parent.glob("*.data"))) == 1
-    assert command(first, second, "--bits", 8, "--ratio", 0, "-q")[0] == 0
+    assert command(first, second, "--bits", 8, "--round", "nearest", "-q")[0] == 0
     assert [path.name for path in second.parent.iterdir()] == ["model.onnx"]
-    assert command(first, first, "--bits", 8, "--external-data", "-q")[0] == 0
+    assert command(first, first, "--bits", 8, "--round", "nearest", "--external-data", "-q")[0] == 0
     assert command("check", models / "digits_resnet.onnx", first, "--min-sqnr", 25, "-q")[0] == 0
 
 
 def test_check_passes_and_fails_with_reports_for_ci(command, models, tmp_path):
     source, candidate = models / "digits_resnet.onnx", tmp_path / "out.onnx"
-    assert command(source, candidate, "--bits", 5, "-q")[0] == 0
+    assert command(source, candidate, "--bits", 5, "--round", "nearest", "-q")[0] == 0
     junit, figures = tmp_path / "report.xml", tmp_path / "figures.json"
     files = ["--inputs", models / "digits_test.npz", "--junit", junit, "--json", figures]
     status, out, _ = command("check", source, candidate, "--min-sqnr", 10, "--min-agreement", 0.9, *files)
