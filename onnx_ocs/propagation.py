@@ -252,10 +252,9 @@ def _record(recorder: DriftRecorder, layer: Contraction, pair: list[NDArray[Any]
     window = window_of(layer.window)
     if window is not None:
         pair = [values[: _enough(layer, values)] for values in pair]
-    if pair[0].shape == pair[1].shape:  # else an operator has selected other data
+    recorder.is_comparable &= pair[0].shape == pair[1].shape  # else an operator has selected other data
+    if recorder.is_comparable:
         recorder.add(*(rows_of(values, layer.axis, layer.groups, window) for values in pair))
-    else:
-        recorder.is_comparable = False
 
 
 def _enough(layer: Contraction, values: NDArray[Any]) -> int:

@@ -5,8 +5,6 @@ images at all scales (Lee, Mumford and Huang, Int. J. Computer Vision 41, 2001):
 square, as in noise that is shaped so, but unlike such noise they have edges, which is what networks look for.
 """
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,9 +12,6 @@ from onnx_ocs.numerics.moments import Window, rows_of
 
 LEAVES, MOST_LEAVES = 300, 4800
 """Of a square image, and at most of one that is longer, which has as many more."""
-
-PAIRS = 2**20
-"""Of leaves and pixels, that are looked at together at most."""
 
 SMALLEST, LARGEST = 0.045, 0.35
 """Radii, in sides of the image."""
@@ -40,35 +35,28 @@ UNUSUAL = 100
 def natural_images(count: int, channels: int, sizes: tuple[int, int], rng: np.random.Generator) -> NDArray[np.float64]:
     """(count, channels, *sizes); all together have mean 0 and variance 1, as images have it after normalization."""
     made, leaves = np.empty((count, channels, *sizes)), min(LEAVES * max(sizes) // min(sizes), MOST_LEAVES)
-    few = max(1, PAIRS // math.prod(sizes))
     for image in made:
         colours = _colours(1, channels, rng)
         share = rng.random(leaves)
         radii = ((1 - share) / SMALLEST**2 + share / LARGEST**2) ** -0.5 * min(sizes)
         middles = rng.random((leaves, 2)) * sizes
         colours = np.concatenate([colours, _colours(leaves, channels, rng)])
-        top = np.zeros(sizes, np.int64)  # of the leaves that cover a pixel, counted from 1
-        for start in range(0, leaves, few):
-            some = slice(start, start + few)
-            leaf, row, column = _covered(middles[some], radii[some], sizes)
-            top[row, column] = start + 1 + leaf  # the last of those that are written to one pixel stays
-        image[...] = np.moveaxis(colours[top], -1, 0)
+        image[...] = np.moveaxis(colours[_highest(middles, radii, sizes)], -1, 0)
     made -= made.mean()
     return made / max(made.std(), np.finfo(np.float64).tiny)
 
 
-def _covered(
-    middles: NDArray[np.float64], radii: NDArray[np.float64], sizes: tuple[int, int]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Each leaf and pixel that it covers, as (leaf, row, column), in the order of the leaves."""
-    first = np.maximum(0, (middles - radii[:, None]).astype(np.int64))
-    spans = np.minimum(sizes, (middles + radii[:, None]).astype(np.int64) + 2) - first
-    pixels = spans.prod(axis=1)  # of the box around each
-    leaf = np.repeat(np.arange(len(radii)), pixels)
-    row, column = np.divmod(np.arange(len(leaf)) - (np.cumsum(pixels) - pixels)[leaf], spans[leaf, 1])
-    row, column = row + first[leaf, 0], column + first[leaf, 1]
-    within = np.square(row - middles[leaf, 0]) + np.square(column - middles[leaf, 1]) < np.square(radii)[leaf]
-    return leaf[within], row[within], column[within]
+def _highest(middles: NDArray[np.float64], radii: NDArray[np.float64], sizes: tuple[int, int]) -> NDArray[np.int64]:
+    """(rows, columns), which of the leaves lies on the others at each pixel, the last; from 1 on, 0 where none does."""
+    up, aside = (np.square(np.arange(size) - middle[:, None]) for size, middle in zip(sizes, middles.T, strict=True))
+    most = np.square(radii).tolist()
+    first = np.maximum(0, (middles - radii[:, None]).astype(np.int64)).tolist()
+    after = ((middles + radii[:, None]).astype(np.int64) + 1).tolist()
+    highest = np.zeros(sizes, np.int64)
+    for leaf, ((top, left), (bottom, right)) in enumerate(zip(first, after, strict=True)):
+        covered = up[leaf, top:bottom, None] + aside[leaf, left:right] < most[leaf]
+        highest[top:bottom, left:right][covered] = leaf + 1
+    return highest
 
 
 def _colours(count: int, channels: int, rng: np.random.Generator) -> NDArray[np.float64]:

@@ -4,7 +4,7 @@ import onnx.parser
 import onnxruntime as ort
 import pytest
 
-from onnx_ocs.numerics.moments import MomentRecorder, Window, rows_of
+from onnx_ocs.numerics.moments import MomentRecorder, Window, add_products, rows_of
 from onnx_ocs.numerics.weights import Axes, grouped, ungrouped
 
 WINDOWS = {
@@ -116,3 +116,19 @@ def test_rows_come_back_in_the_shape_of_the_weight(name, rng):
     assert rows.shape[0] == axes.groups
     assert rows.shape[2] == shape[axes.input] // (axes.groups if axes.groups_on_input else 1)
     np.testing.assert_array_equal(ungrouped(rows, axes, shape), weight)
+
+
+@pytest.mark.parametrize(("left", "right"), [(1e15, 1e30), (1e30, 1e15), (1e20, 1e20), (1e15, 1e15)])
+def test_products_of_large_and_huge_values_are_finite(left, right):
+    first, second = (np.full((3, 1, 2), value, np.float32) for value in (left, right))
+    sums = np.ones((1, 2, 2))
+    add_products(sums, first, second)
+    np.testing.assert_allclose(sums, 3 * left * right, rtol=1e-6)
+
+
+def test_products_of_different_sizes_share_their_room(rng):
+    for inputs in (3, 7, 2, 7):
+        first, second = (rng.standard_normal((5, 2, inputs)).astype(np.float32) for _ in range(2))
+        sums = np.ones((2, inputs, inputs))
+        add_products(sums, first, second)
+        np.testing.assert_allclose(sums - 1, np.einsum("rgi,rgj->gij", first, second), rtol=0, atol=1e-5)

@@ -220,21 +220,58 @@ def test_two_runs_are_equal_and_one_layer_may_stay_float():
         assert first == second
 
 
-def test_samples_that_leave_too_much_are_left_out(tmp_path, monkeypatch, rng):
-    model = onnx.parser.parse_model(HEAD + "g (float[N,4] x) => (float[N,4] y) { y = Relu(x) }")
-    paths = [str(tmp_path / name) for name in ("exact.onnx", "follower.onnx")]
-    for path in paths:
-        onnx.save(model, path)
-    np.save(tmp_path / "samples.npy", rng.standard_normal((12, 4)).astype(np.float32))
-    layer = Contraction("y", -1, 4, 1, onnx.TensorProto.FLOAT)
-    monkeypatch.setattr(propagation, "ROOM", 4 * 4 * 4 + 1)
+def piece(folder, samples, bodies, tensor="y", inputs=(), before=None, batches=0):
+    """What a piece of the float model, and of the one that follows it, answers; what it leaves is in the folder."""
+    folder.mkdir()
+    paths = [str(folder / name) for name in ("exact.onnx", "follower.onnx")]
+    for path, body in zip(paths, bodies, strict=True):
+        onnx.save(onnx.parser.parse_model(HEAD + "g " + body), path)
+    layer = Contraction(tensor, -1, 4, 1, onnx.TensorProto.FLOAT)
+    before = None if before is None else str(before)
     request = propagation.Request(
-        *paths, "model", [], ["y"], [vars(layer)], None, 0, str(tmp_path), str(tmp_path / "samples.npy"), None, 4
+        *paths, "model", list(inputs), [tensor], [vars(layer)], before, batches, str(folder), str(samples), None, 4
     )
-    answer = propagation.observe(request, lambda stage: None)
+    return propagation.observe(request, lambda stage: None)
+
+
+@pytest.fixture
+def samples(tmp_path, rng):
+    np.save(tmp_path / "samples.npy", rng.standard_normal((12, 4)).astype(np.float32))
+    return tmp_path / "samples.npy"
+
+
+def test_samples_that_leave_too_much_are_left_out(tmp_path, monkeypatch, samples):
+    monkeypatch.setattr(propagation, "ROOM", 4 * 4 * 4 + 1)
+    answer = piece(tmp_path / "piece", samples, ["(float[N,4] x) => (float[N,4] y) { y = Relu(x) }"] * 2)
     assert answer == {"types": {"y": onnx.TensorProto.FLOAT}, "batches": 2}
     for place in range(2):
-        with (tmp_path / f"left.{place}").open("rb") as file:
+        with (tmp_path / "piece" / f"left.{place}").open("rb") as file:
             assert [part.shape for part in load_arrays(file, 2)] == [(4, 4), (4, 4)]
             assert not file.read()
-    assert not Drift.load(tmp_path / "drift.0").lost.any()
+    assert not Drift.load(tmp_path / "piece" / "drift.0").lost.any()
+
+
+def test_an_error_of_one_piece_arrives_behind_the_next_one(tmp_path, samples):
+    first, second = tmp_path / "first", tmp_path / "second"
+    text = "(float[N,4] x) => (float[N,4] y) <float[1] c = {{{}}}> {{ y = Mul(x, c) }}"
+    batches = piece(first, samples, [text.format(1), text.format(1.25)])["batches"]
+    after = ["(float[N,4] y) => (float[N,4] z) { z = Neg(y) }"] * 2
+    assert piece(second, samples, after, "z", ["y"], first, batches)["batches"] == batches == 3
+    np.testing.assert_allclose(Drift.load(second / "drift.0").lost[0], 0.25 * np.load(samples).mean(axis=0), atol=1e-6)
+
+
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
+def test_data_of_another_shape_in_one_batch_has_no_drift(tmp_path, order, rng):
+    """Two batches would be enough."""
+    values = rng.random((12, 4)).astype(np.float32)
+    values[8:] *= -1
+    np.save(tmp_path / "samples.npy", values[order])
+    body = """(float[N,4] x) => (float[M,4] y) <int64 first = {{0}}, float[1] least = {{{}}}> {{
+        a = Gather <axis = 1> (x, first)
+        b = Greater (a, least)
+        y = Compress <axis = 0> (x, b)
+    }}"""
+    for follower, known in (("-3", True), ("0", False)):
+        folder = tmp_path / follower
+        piece(folder, tmp_path / "samples.npy", [body.format("-2"), body.format(follower)])
+        assert (folder / "drift.0").exists() == known
