@@ -263,7 +263,7 @@ def test_external_data_goes_beside_the_model_and_comes_from_there(command, model
         path.parent.mkdir()
     assert command(models / "digits_resnet.onnx", first, "--float", "--external-data", "-q")[0] == 0
     assert len(list(first.parent.glob("*.data"))) == 1
-    assert command(first, second, "--bits", 8, "--round", "nearest", "-q")[0] == 0
+    assert command(first, second, "--bits", 8, "--ratio", 0, "--round", "nearest", "-q")[0] == 0
     assert [path.name for path in second.parent.iterdir()] == ["model.onnx"]
     assert command(first, first, "--bits", 8, "--round", "nearest", "--external-data", "-q")[0] == 0
     assert command("check", models / "digits_resnet.onnx", first, "--min-sqnr", 25, "-q")[0] == 0

@@ -106,7 +106,7 @@ def slices(rows: NDArray[Any]) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, len(rows), step))
 
 
-def roomy(values: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
+def _roomy(values: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
     """The same in float64 where float32 could not hold products of them."""
     large = max(float(values.max(initial=0)), -float(values.min(initial=0))) > LARGEST
     return values.astype(np.float64) if large else values
@@ -127,8 +127,8 @@ def add_products(sums: NDArray[np.float64], left: NDArray[np.float32], right: ND
 
     Products are made in float32, or in float64 of values whose products float32 cannot hold.
     """
-    wide = [roomy(part) for part in ((left,) if left is right else (left, right))]
-    first, second = wide[0].transpose(1, 2, 0), wide[-1].transpose(1, 0, 2)
+    wide = _roomy(left)
+    first, second = wide.transpose(1, 2, 0), (wide if left is right else _roomy(right)).transpose(1, 0, 2)
     if first.dtype == second.dtype == np.float32:
         if _ROOM.values.size < sums.size:
             _ROOM.values = np.empty(sums.size, np.float32)

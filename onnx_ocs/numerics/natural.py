@@ -36,11 +36,11 @@ def natural_images(count: int, channels: int, sizes: tuple[int, int], rng: np.ra
     """(count, channels, *sizes); all together have mean 0 and variance 1, as images have it after normalization."""
     made, leaves = np.empty((count, channels, *sizes)), min(LEAVES * max(sizes) // min(sizes), MOST_LEAVES)
     for image in made:
-        colours = _colours(1, channels, rng)
+        ground = _colours(1, channels, rng)
         share = rng.random(leaves)
         radii = ((1 - share) / SMALLEST**2 + share / LARGEST**2) ** -0.5 * min(sizes)
         middles = rng.random((leaves, 2)) * sizes
-        colours = np.concatenate([colours, _colours(leaves, channels, rng)])
+        colours = np.concatenate([ground, _colours(leaves, channels, rng)])
         image[...] = np.moveaxis(colours[_highest(middles, radii, sizes)], -1, 0)
     made -= made.mean()
     return made / max(made.std(), np.finfo(np.float64).tiny)

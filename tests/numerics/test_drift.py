@@ -49,9 +49,9 @@ def test_rows_wait_until_they_are_enough(rng, monkeypatch):
     found = exact + 0.1 * found
     recorder, folded = DriftRecorder(1, 4), []
     monkeypatch.setattr(recorder, "_fold", lambda exact, found: folded.append(len(found)))
-    for rows in (3, 4, 1, 2):
+    for rows, wanted in (3, []), (4, []), (1, [3, 4, 1]), (2, [3, 4, 1, 2]):
         recorder.add(exact[:rows], found[:rows])
-        assert folded == {3: [], 4: [], 1: [3, 4, 1], 2: [3, 4, 1, 2]}[rows]
+        assert folded == wanted
     some, whole = recorded(exact, found, [3, 7, 8]), recorded(exact, found)
     np.testing.assert_allclose(some.cross, whole.cross, rtol=0, atol=1e-6)
     np.testing.assert_allclose(some.found.second, whole.found.second, rtol=0, atol=1e-6)
